@@ -1,0 +1,674 @@
+"""The runner: what every backend runs a job's command under, and what makes the contract true where engines do not.
+
+A program, never imported: one file, no `fray` import, for any Python >= 3.8, started as
+
+    python -I -S _runner.py [OPTION VALUE]... -- COMMAND
+
+It runs `/bin/sh -c COMMAND` in a session of its own, hands its output on byte by byte, retries it, limits its time,
+stops its whole process tree, and writes what happened to a journal of JSON lines. Its tests are black-box, so that a
+runner in another language can take its place. It inherits the command's environment and adds `FRAY_ATTEMPT`.
+
+| option | value |
+| --- | --- |
+| `--journal` | where events go: a path, or `fd:N` (may be preallocated with NULs: the journal ends at the first) |
+| `--output` | where the command's output is appended: a path, or `fd:N` |
+| `--directory` | the command's working directory, absolute |
+| `--permit` | a path: once it is gone the job is to stop, or not to start; SIGTERM and SIGINT ask for the same |
+| `--grace` | seconds between SIGTERM and SIGKILL (10) |
+| `--timeout` | seconds that all attempts may take, from the first command's start |
+| `--retries` | how many more attempts a failing command gets (0) |
+| `--retry-delay` | seconds before the second attempt, doubling to 60 (1) |
+| `--not-before` | the submission time, in seconds since the epoch: a clock stepped back reports no earlier time |
+| `--handover` | `stdin`: read secrets from standard input (the count of bytes, a newline, NAME=VALUE pairs each ended by a NUL), then wait for its end, at which the job may start |
+| `--handover-timeout` | seconds that this may take |
+| `--hold` | a file descriptor kept open until the last of the tree is gone (a lock, say) |
+| `--detach` | `yes`: outlive the caller, under a guard that cleans up if the runner itself is killed |
+
+Events, each with `time`: `supervised` (`pid`, `guard`), `started` (`attempt`, `pid`, `offset`), `exited` (`attempt`,
+`exit_code`, `reason`, `retry_in` where another attempt follows), `stopping`, `ended` (`reason`, `exit_code`,
+`dropped_bytes`, `message`). `ended` is the last; what is not there by then did not happen.
+"""
+
+# Imports are what a runner costs: `os` and `signal` would double its start. These are what those two wrap.
+import posix as os
+import select
+import sys
+import time
+
+import _signal as signal
+
+LINUX = sys.platform == "linux"
+CHUNK = 1 << 20
+LONGEST_RETRY_DELAY = 60.0
+# An end that cannot be written (no space, a read-only disk) is tried again for this long before it is given up.
+JOURNAL_PATIENCE = 3600.0
+
+
+class Options:
+    """The command line, checked."""
+
+    def __init__(self, arguments):
+        self.journal = self.output = self.directory = self.permit = None
+        self.grace, self.timeout = 10.0, None
+        self.retries, self.retry_delay = 0, 1.0
+        self.not_before = 0.0
+        self.handover = self.handover_timeout = None
+        self.hold = []
+        self.detach = False
+        arguments = list(arguments)
+        while arguments and arguments[0] != "--":
+            if len(arguments) < 2:
+                raise ValueError("no value for " + arguments[0])
+            name, value = arguments[0], arguments[1]
+            del arguments[:2]
+            if name in ("--journal", "--output", "--directory", "--permit", "--handover"):
+                setattr(self, name[2:], value)
+            elif name in ("--grace", "--timeout", "--retry-delay", "--not-before", "--handover-timeout"):
+                setattr(self, name[2:].replace("-", "_"), float(value))
+            elif name == "--retries":
+                self.retries = int(value)
+            elif name == "--hold":
+                self.hold.append(int(value))
+            elif name == "--detach":
+                self.detach = value == "yes"
+            else:
+                raise ValueError("unknown option " + name)
+        if len(arguments) != 2 or not self.journal or not self.output:
+            raise ValueError("usage: --journal TO --output TO [OPTION VALUE]... -- COMMAND")
+        self.command = arguments[1]
+
+
+class Clock:
+    """Wall-clock times that only go forward, whatever is done to the machine's clock."""
+
+    def __init__(self, not_before):
+        self._started = time.monotonic()
+        self._epoch = max(time.time(), not_before)
+
+    def now(self):
+        return self._epoch + time.monotonic() - self._started
+
+
+class Journal:
+    """Appends events, each by one write, so that a reader sees a whole line or none."""
+
+    def __init__(self, where, clock):
+        self._clock = clock
+        self._fd = open_fd(where, os.O_RDWR | os.O_CREAT)
+        try:
+            content = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
+            # Behind the last whole line: past it are NULs, or what a predecessor could not finish.
+            self._end = content.split(b"\0", 1)[0].rfind(b"\n") + 1
+        except OSError:
+            self._end = None  # a pipe
+
+    def write(self, event, must=False, **fields):
+        """Append one event; one that `must` be there is tried again where there is no space for it."""
+        line = '{"event":"%s","time":%.6f' % (event, self._clock.now())
+        for name, value in fields.items():
+            if value is not None:
+                line += ',"%s":%s' % (name, value if isinstance(value, int) else quote(value))
+        data = (line + "}\n").encode("ascii")
+        give_up = time.monotonic() + (JOURNAL_PATIENCE if must else 0)
+        while True:
+            try:
+                if self._end is None:
+                    os.write(self._fd, data)
+                elif os.pwrite(self._fd, data, self._end) == len(data):
+                    self._end += len(data)
+                else:
+                    raise OSError("no space left")
+                if event == "ended":
+                    sync(self._fd)
+                return
+            except OSError as error:
+                if time.monotonic() >= give_up:
+                    complain("cannot write to the journal: %s" % error)
+                    return
+                time.sleep(1)
+
+
+class Output:
+    """The one stream of the command's output, from a pipe to where it is kept."""
+
+    def __init__(self, where):
+        self._to = open_fd(where, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        try:
+            self.offset = os.fstat(self._to).st_size
+        except OSError:
+            self.offset = 0
+        self.read_end, self.write_end = os.pipe2(os.O_CLOEXEC) if LINUX else os.pipe()
+        os.set_blocking(self.read_end, False)
+        self.dropped = 0
+
+    def pump(self, everything=False):
+        """Hand on what is there: one chunk, or all of it."""
+        while True:
+            try:
+                data = os.read(self.read_end, CHUNK)
+            except BlockingIOError:
+                return
+            if not data:
+                return
+            self._keep(data)
+            if not everything:
+                return
+
+    def _keep(self, data):
+        while data:
+            try:
+                written = os.write(self._to, data)
+            except BlockingIOError:
+                select.select([], [self._to], [])
+                continue
+            except OSError:
+                # A full disk must neither block nor kill the job: what is lost is counted, and reported.
+                self.dropped += len(data)
+                return
+            self.offset += written
+            data = data[written:]
+
+
+class Tree:
+    """The processes that came of the command, found by descent, orphans included."""
+
+    def __init__(self, mine):
+        self._mine = mine
+        self.is_init = os.getpid() == 1
+        self.group = 0
+        if LINUX:
+            become_subreaper()
+
+    def signal(self, number):
+        """Send a signal to all; return those that could be asked (None where that is not known)."""
+        if self.is_init:
+            send(-1, number)
+            send(-1, signal.SIGCONT)
+            return
+        if not LINUX:
+            # No subreaper and no /proc there: the command's process group is the best there is.
+            if self.group:
+                send(-self.group, number)
+                send(-self.group, signal.SIGCONT)
+            return
+        done = set()
+        for _ in range(20):  # until a pass finds nobody new: a tree that forks meanwhile is not missed
+            found = [pid for pid in self.members() if pid not in done]
+            if not found:
+                return
+            for pid in found:
+                send(pid, number)
+                send(pid, signal.SIGCONT)
+                done.add(pid)
+
+    def members(self):
+        """The live descendants, without those that belong to another job submitted from inside this one."""
+        parents = {}
+        for name in os.listdir("/proc"):
+            if name.isdigit():
+                state, parent = stat_of(name)
+                if state not in ("Z", "X", ""):
+                    parents.setdefault(parent, []).append(int(name))
+        found, queue = [], [os.getpid()]
+        while queue:
+            for pid in parents.get(queue.pop(), ()):
+                if pid != os.getpid() and not self._is_foreign(pid):
+                    found.append(pid)
+                    queue.append(pid)
+        return found
+
+    def is_gone(self):
+        """Reap what has ended, and say whether nothing is left."""
+        reap_others()
+        if self.is_init or LINUX:
+            if not has_children():
+                return True
+            return not self.is_init and not self.members()
+        return not self.group or not send(-self.group, 0)
+
+    def only_others_left(self):
+        """Whether all that is left belongs to users whose processes this one may not signal."""
+        return LINUX and not self.is_init and not any(send(pid, 0) for pid in self.members())
+
+    def _is_foreign(self, pid):
+        try:
+            environment = read_file("/proc/%d/environ" % pid)
+        except OSError:
+            return False
+        for entry in environment.split(b"\0"):
+            if entry.startswith(b"FRAY_JOB_ID="):
+                return entry[12:] != self._mine
+        return False
+
+
+class Runner:
+    """One job: its attempts, and its end."""
+
+    def __init__(self, options, guard):
+        self.options = options
+        self.clock = Clock(options.not_before)
+        self.journal = Journal(options.journal, self.clock)
+        self.wake, wake_end = os.pipe()
+        os.set_blocking(self.wake, False)
+        os.set_blocking(wake_end, False)
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_stop)
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
+        # A caller may have blocked these until the handlers are there.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD))
+        self.environment = dict(os.environ)
+        self.tree = Tree(self.environment.get(b"FRAY_JOB_ID", b""))
+        self.deadline = None
+        self.exit_code = None
+        # Written before the permit is looked at: whoever takes the permit away afterwards finds whom to signal.
+        self.journal.write("supervised", pid=os.getpid(), guard=guard)
+
+    def run(self):
+        if self.options.handover and not self.take_over():
+            why = "the submitting client went away before it had handed over the job's environment"
+            return self.end(None if self.is_asked_to_stop() else "LOST", why)
+        output = Output(self.options.output)
+        self.output = output
+        attempt, delay = 0, self.options.retry_delay
+        while True:
+            if self.is_asked_to_stop():
+                return self.end("STOPPED_BY_USER")
+            if self.deadline is not None and time.monotonic() >= self.deadline:
+                return self.end("TIMED_OUT")
+            attempt += 1
+            self.oom_kills = count_oom_kills()
+            pid, problem = self.spawn(attempt)
+            if problem:
+                return self.end("SETUP_FAILED", problem)
+            self.tree.group = pid
+            self.journal.write("started", attempt=attempt, pid=pid, offset=output.offset)
+            if self.deadline is None and self.options.timeout is not None:
+                self.deadline = time.monotonic() + self.options.timeout
+            retries_left = attempt <= self.options.retries
+            reason, leftover = self.watch(pid, attempt, delay if retries_left else None)
+            if leftover or not (retries_left and may_retry(reason, self.exit_code)):
+                return self.end(reason, leftover)
+            self.sleep(delay)
+            delay = min(delay * 2, LONGEST_RETRY_DELAY)
+
+    def take_over(self):
+        """Read the secrets and wait for the word to start; False where the client vanished before."""
+        data, size = b"", None
+        until = None if self.options.handover_timeout is None else time.monotonic() + self.options.handover_timeout
+        while True:
+            left = None if until is None else max(0.0, until - time.monotonic())
+            if not poll([0, self.wake], left) or self.is_asked_to_stop():
+                return False
+            self.clear_wake()
+            if not poll([0], 0):
+                continue
+            chunk = os.read(0, CHUNK)
+            data += chunk
+            if size is None and b"\n" in data:
+                head, data = data.split(b"\n", 1)
+                size = int(head)
+            if not chunk:
+                break
+        null = os.open("/dev/null", os.O_RDONLY)
+        os.dup2(null, 0)
+        if null:
+            os.close(null)
+        if size is None or len(data) != size:
+            return False
+        for entry in data.split(b"\0")[:-1]:
+            name, value = entry.split(b"=", 1)
+            self.environment[name] = value
+        return True
+
+    def spawn(self, attempt):
+        """Start the command; return its process id, or what went wrong."""
+        environment = dict(self.environment)
+        environment[b"FRAY_ATTEMPT"] = b"%d" % attempt
+        report, report_end = os.pipe()
+        supervisor = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            step = "cannot start the command"
+            try:
+                os.setsid()
+                if LINUX:
+                    prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+                    if os.getppid() != supervisor:
+                        os._exit(70)
+                null = os.open("/dev/null", os.O_RDONLY)
+                os.dup2(null, 0)
+                os.dup2(self.output.write_end, 1)
+                os.dup2(self.output.write_end, 2)
+                for number in (1, 2, 3, 13, 15, 17 if LINUX else 20, 25):
+                    signal.signal(number, signal.SIG_DFL)  # Python ignores SIGPIPE and SIGXFSZ: not for the command
+                signal.pthread_sigmask(signal.SIG_SETMASK, ())
+                if self.options.directory:
+                    step = "cannot enter the working directory " + self.options.directory
+                    os.chdir(self.options.directory)
+                step = "cannot start /bin/sh"
+                os.execve("/bin/sh", ["/bin/sh", "-c", self.options.command], environment)
+            except BaseException as error:  # nothing of the parent's may run in this child
+                os.write(report_end, ("%s: %s" % (step, error)).encode("utf-8", "replace"))
+            os._exit(70)
+        os.close(report_end)
+        problem = os.read(report, 65536).decode("utf-8", "replace")
+        os.close(report)
+        if problem:
+            os.waitpid(pid, 0)
+        return pid, problem
+
+    def watch(self, pid, attempt, retry_in):
+        """Follow one attempt until all of it is gone; return its reason, and what is to be said of it."""
+        reason = status = kill_at = None
+        killing = decided = False
+        while True:
+            if status is None:
+                status = reap(pid)
+                if status is not None:
+                    self.exit_code = exit_code_of(status)
+                    if not decided and not self.is_asked_to_stop():
+                        decided = True
+                        reason = self.reason_of(status)
+                        again = retry_in is not None and may_retry(reason, self.exit_code)
+                        self.write_exit(attempt, reason, retry_in if again else None)
+                    elif decided:
+                        self.write_exit(attempt, reason, None)
+            now = time.monotonic()
+            if not decided:
+                if self.is_asked_to_stop():
+                    decided, reason = True, "STOPPED_BY_USER"
+                elif self.deadline is not None and now >= self.deadline:
+                    decided, reason = True, "TIMED_OUT"
+                if decided:
+                    self.journal.write("stopping", reason=reason)
+                    if status is not None:
+                        self.write_exit(attempt, reason, None)
+            if decided:
+                if status is not None and self.tree.is_gone():
+                    self.output.pump(everything=True)
+                    return reason, ""
+                if kill_at is None:
+                    self.tree.signal(signal.SIGTERM)
+                    kill_at = now + self.options.grace
+                elif now >= kill_at:
+                    self.tree.signal(signal.SIGKILL)
+                    if killing and now >= kill_at + 5 and status is not None and self.tree.only_others_left():
+                        self.output.pump(everything=True)
+                        return reason, "processes of another user are left: %s" % self.tree.members()
+                    killing = True
+            wait = 0.02 if killing else None
+            if decided and not killing:
+                wait = max(0.0, min(kill_at - now, 0.25))
+            elif not decided and self.deadline is not None:
+                wait = max(0.0, self.deadline - now)
+            ready = poll([self.wake, self.output.read_end], wait)
+            if self.output.read_end in ready:
+                self.output.pump()
+            if self.wake in ready:
+                self.clear_wake()
+
+    def reason_of(self, status):
+        code = exit_code_of(status)
+        if code == 0:
+            return None
+        if code == 137 and count_oom_kills() > self.oom_kills:
+            return "OUT_OF_MEMORY"
+        return "KILLED" if os.WIFSIGNALED(status) else "EXITED"
+
+    def write_exit(self, attempt, reason, retry_in):
+        self.journal.write(
+            "exited",
+            must=True,
+            attempt=attempt,
+            exit_code=self.exit_code,
+            reason=reason,
+            retry_in=None if retry_in is None else "%g" % retry_in,
+        )
+
+    def sleep(self, seconds):
+        """Wait between attempts; a stop or the time limit cuts it short."""
+        until = time.monotonic() + seconds
+        if self.deadline is not None:
+            until = min(until, self.deadline)
+        while not self.is_asked_to_stop():
+            left = until - time.monotonic()
+            if left <= 0:
+                return
+            poll([self.wake], left)
+            self.clear_wake()
+
+    def end(self, reason, message=""):
+        dropped = getattr(getattr(self, "output", None), "dropped", 0)
+        self.journal.write(
+            "ended",
+            must=True,
+            reason=reason,
+            exit_code=self.exit_code,
+            dropped_bytes=dropped or None,
+            message=message or None,
+        )
+
+    def is_asked_to_stop(self):
+        if not self.asked and self.options.permit:
+            try:
+                os.stat(self.options.permit)
+            except FileNotFoundError:
+                self.asked = True
+            except OSError:
+                pass  # a disk in trouble is no request to stop
+        return self.asked
+
+    def clear_wake(self):
+        try:
+            while os.read(self.wake, 4096):
+                pass
+        except BlockingIOError:
+            pass
+
+    def _on_stop(self, number, frame):
+        self.asked = True
+
+
+def may_retry(reason, exit_code):
+    return reason in ("KILLED", "OUT_OF_MEMORY") or (reason == "EXITED" and exit_code not in (126, 127))
+
+
+def exit_code_of(status):
+    return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+def reap(pid):
+    """Return a child's wait status, or None while it runs."""
+    done, status = os.waitpid(pid, os.WNOHANG)
+    return status if done else None
+
+
+def reap_others():
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+
+
+def has_children():
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
+def send(pid, number):
+    """Signal; return whether that could be done."""
+    try:
+        os.kill(pid, number)
+    except OSError:
+        return False
+    return True
+
+
+def poll(fds, seconds):
+    """Wait until one of `fds` can be read (or is closed); return those."""
+    waiter = select.poll()
+    for fd in fds:
+        waiter.register(fd, select.POLLIN)
+    return [fd for fd, _ in waiter.poll(None if seconds is None else int(seconds * 1000) + 1)]
+
+
+def open_fd(where, flags):
+    if where.startswith("fd:"):
+        fd = int(where[3:])
+        os.set_inheritable(fd, False)
+        return fd
+    return os.open(where, flags | os.O_CLOEXEC, 0o600)
+
+
+def read_file(path):
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        content = b""
+        while True:
+            chunk = os.read(fd, 65536)
+            if not chunk:
+                return content
+            content += chunk
+    finally:
+        os.close(fd)
+
+
+def stat_of(pid):
+    """Return a process's state and parent; empty strings where it has gone."""
+    try:
+        after_name = read_file("/proc/%s/stat" % pid).rsplit(b")", 1)[1].split()
+    except (OSError, IndexError):
+        return "", 0
+    return after_name[0].decode(), int(after_name[1])
+
+
+def sync(fd):
+    try:
+        os.fsync(fd)
+    except OSError:
+        pass  # a pipe, or a file system without it
+
+
+def quote(text):
+    """A JSON string, without the json module."""
+    out = '"'
+    for character in text:
+        code = ord(character)
+        if character in '"\\':
+            out += "\\" + character
+        elif 32 <= code < 127:
+            out += character
+        elif code < 0x10000:
+            out += "\\u%04x" % code
+        else:
+            code -= 0x10000
+            out += "\\u%04x\\u%04x" % (0xD800 + (code >> 10), 0xDC00 + (code & 0x3FF))
+    return out + '"'
+
+
+def prctl(option, value):
+    try:
+        import _ctypes
+
+        function = _ctypes.dlsym(_ctypes.dlopen(None, 2), "prctl")
+        _ctypes.call_function(function, (option, value, 0, 0, 0))
+    except (ImportError, AttributeError, OSError):
+        import ctypes  # the documented way, at several times the cost
+
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def become_subreaper():
+    prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+
+
+def count_oom_kills():
+    """How often the kernel killed for lack of memory: in this cgroup where it says, else on the machine."""
+    if not LINUX:
+        return 0
+    for path, word in oom_counters():
+        try:
+            for line in read_file(path).split(b"\n"):
+                if line.startswith(word + b" "):
+                    return int(line.split()[1])
+        except OSError:
+            pass
+    return 0
+
+
+def oom_counters():
+    found = []
+    try:
+        for line in read_file("/proc/self/cgroup").decode("utf-8", "replace").splitlines():
+            number, controllers, path = line.split(":", 2)
+            if number == "0":
+                found.append(("/sys/fs/cgroup%s/memory.events" % path.rstrip("/"), b"oom_kill"))
+            elif "memory" in controllers.split(","):
+                found.append(("/sys/fs/cgroup/memory%s/memory.oom_control" % path.rstrip("/"), b"oom_kill"))
+    except (OSError, ValueError):
+        pass
+    found.append(("/proc/vmstat", b"oom_kill"))
+    return found
+
+
+def complain(text):
+    try:
+        os.write(2, ("fray runner: %s\n" % text).encode("utf-8", "replace"))
+    except OSError:
+        pass
+
+
+def detach():
+    """Leave the caller behind, and put a guard above the runner; return the guard's process id, in the runner.
+
+    The guard does nothing until the runner dies without having ended its job: then, as the next subreaper up, it
+    inherits what is left of the tree and kills it. It holds the same descriptors, so that a lock held by the job is
+    free only when all of the job is gone.
+    """
+    if os.fork():
+        os._exit(0)
+    os.chdir("/")  # or a disk could not be unmounted while the job runs
+    guard = os.getpid()
+    signals = (signal.SIGTERM, signal.SIGINT)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    tree = Tree(os.environ.get(b"FRAY_JOB_ID", b""))
+    runner = os.fork()
+    if not runner:
+        return guard
+    for number in signals:
+        signal.signal(number, lambda number, frame: send(runner, number))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    os.close(0)
+    status = os.waitpid(runner, 0)[1]
+    tree.group = runner
+    while status and not tree.is_gone():
+        tree.signal(signal.SIGKILL)
+        if tree.only_others_left():
+            break
+        time.sleep(0.01)
+    os._exit(0)
+
+
+def main():
+    try:
+        options = Options(sys.argv[1:])
+    except ValueError as error:
+        complain(str(error))
+        os._exit(64)
+    for fd in options.hold:
+        os.set_inheritable(fd, False)
+    guard = detach() if options.detach else None
+    Runner(options, guard).run()
+    # Nothing to tidy: the process is over, and whoever waits for it waits no longer than needed.
+    os._exit(0)
+
+
+main()

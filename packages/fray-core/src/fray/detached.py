@@ -1,0 +1,62 @@
+"""Start processes that outlive the one that started them, without leaving zombies to it.
+
+A detached process is one that leaves its starter behind by itself (the runner does so under `--detach`, a backend's
+builder by `leave_caller`): what the starter sees is a short-lived child, which is reaped here in passing.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+from collections.abc import Mapping, Sequence
+
+__all__ = ["leave_caller", "reap_launchers", "start_detached"]
+
+_launchers: list[subprocess.Popen[bytes]] = []
+_lock = threading.Lock()
+
+
+def start_detached(
+    arguments: Sequence[str], *, environment: Mapping[str, str], keep_fds: Sequence[int] = (), stderr: int
+) -> int:
+    """Start a program that detaches itself, in a session of its own; return the write end of its standard input.
+
+    Args:
+        arguments: The program and its arguments.
+        environment: All of its environment.
+        keep_fds: File descriptors that it inherits, under the same numbers.
+        stderr: A descriptor for what it says of its own trouble; its standard output goes nowhere.
+
+    Raises:
+        OSError: The program cannot be started.
+    """
+    reap_launchers()
+    process = subprocess.Popen(
+        arguments,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=stderr,
+        env=environment,
+        pass_fds=keep_fds,
+        start_new_session=True,
+        cwd="/",
+    )
+    assert process.stdin is not None
+    handover = os.dup(process.stdin.fileno())
+    process.stdin.close()
+    with _lock:
+        _launchers.append(process)
+    return handover
+
+
+def reap_launchers() -> None:
+    """Reap the launchers that have done their work."""
+    with _lock:
+        _launchers[:] = [process for process in _launchers if process.poll() is None]
+
+
+def leave_caller() -> None:
+    """Go on as a process that the caller's end does not touch; call it first thing in a detached program."""
+    if os.fork():
+        os._exit(0)

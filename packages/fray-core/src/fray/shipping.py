@@ -1,0 +1,71 @@
+"""The light part of Fray that travels into every job, so that `from fray import get_job_context` works there.
+
+It holds fray-core's modules without the command and the test suites, and the dist-info by which entry points are
+found. Each backend puts it on the job's `PYTHONPATH`; no package index is asked, and the version is the client's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+__all__ = ["light_part", "write_light_part"]
+
+_LEFT_OUT = ("fray/cli", "fray/testing")
+
+
+@cache
+def light_part(distributions: Sequence[str] = ("fray-core",)) -> dict[str, bytes]:
+    """Return the files of the light part: path below a `PYTHONPATH` entry → content.
+
+    Args:
+        distributions: fray-core, and whatever holds the backend's own job context.
+    """
+    from importlib.metadata import distribution
+
+    import fray
+
+    files: dict[str, bytes] = {}
+    core = Path(fray.__file__).parent
+    for path in sorted(core.rglob("*.py")):
+        name = f"fray/{path.relative_to(core).as_posix()}"
+        if not name.startswith(_LEFT_OUT) and path.parent in (core, core / "backend"):
+            files[name] = path.read_bytes()
+    for name in distributions:
+        installed = distribution(name)
+        folder = f"{name.replace('-', '_')}-{installed.version}.dist-info"
+        for member in ("METADATA", "entry_points.txt"):
+            files[f"{folder}/{member}"] = (installed.read_text(member) or "").encode()
+    return files
+
+
+def write_light_part(parent: Path) -> Path:
+    """Write the light part below `parent` unless it is there, and return its directory, named by its content.
+
+    Safe against others doing the same at once, and against being killed on the way.
+    """
+    files = light_part()
+    digest = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(content)
+    directory = parent / digest.hexdigest()[:24]
+    if directory.is_dir():
+        return directory
+    staging = parent / f".{secrets.token_hex(8)}"
+    for name, content in files.items():
+        (staging / name).parent.mkdir(parents=True, exist_ok=True)
+        (staging / name).write_bytes(content)
+    try:
+        os.rename(staging, directory)
+    except OSError:
+        if not directory.is_dir():
+            raise
+        import shutil
+
+        shutil.rmtree(staging)  # somebody else was first with the same
+    return directory

@@ -1,0 +1,177 @@
+"""The process that prepares a job whose command cannot start at once: environment, then admission, then the runner.
+
+It is started detached, holds the job's lock from the start, writes what the job waits for to its journal, and becomes
+the runner by exec, so that there is no moment at which nobody supervises the job.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+import traceback
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from fray.backend.local._admission import infeasible, wait_for_admission
+from fray.backend.local._environments import EnvironmentPlan, build_environment, uv_environment
+from fray.backend.local._store import write_all
+from fray.detached import leave_caller
+
+__all__ = ["Setup", "main"]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is to be done before a job's command starts; kept in the job's directory. Holds no secret."""
+
+    runner: list[str]
+    permit: str
+    lock_fd: int
+    journal_fd: int
+    log_fd: int
+    setup_log: str
+    environment: EnvironmentPlan | None = None
+    resources: dict[str, float] = field(default_factory=dict)
+    ticket: str | None = None
+    ticket_fd: int | None = None
+
+    def write(self, path: Path) -> None:
+        """Store it."""
+        path.write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, descriptor: int) -> Setup:
+        """Load it."""
+        known = json.loads(_read_all(descriptor))
+        environment = known.pop("environment")
+        if environment:
+            environment = EnvironmentPlan(**{**environment, "overlays": tuple(environment["overlays"])})
+        return cls(environment=environment, **known)
+
+
+class _Ended(Exception):
+    """The job is over before its command could start."""
+
+    def __init__(self, reason: str, message: str = "") -> None:
+        super().__init__(reason, message)
+        self.reason = reason
+        self.message = message
+
+
+class _Preparation:
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self._child: subprocess.Popen[bytes] | None = None
+        self._position = 0
+
+    def run(self) -> None:
+        setup = self._setup
+        signal.signal(signal.SIGTERM, self._on_stop)
+        signal.signal(signal.SIGINT, self._on_stop)
+        self._write({"event": "supervised", "pid": os.getpid()})
+        try:
+            # The client closes this when the job is accepted; one that dies before leaves no permit behind.
+            handover = _read_all(0)
+            self._check_permit()
+            self._check_feasible()
+            if setup.environment:
+                self._prepare_environment(setup.environment)
+            if setup.ticket:
+                wait_for_admission(Path(setup.ticket), setup.resources, self._say)
+            # From here on a stop is the runner's to handle: it takes these signals when it is ready for them.
+            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+            self._check_permit()
+            self._become_runner(handover)
+        except _Ended as end:
+            self._end(end.reason, end.message)
+        except Exception as error:
+            traceback.print_exc()
+            self._end("SETUP_FAILED", f"{type(error).__name__}: {error}")
+
+    def _prepare_environment(self, plan: EnvironmentPlan) -> None:
+        descriptor = os.open(self._setup.setup_log, os.O_CREAT | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            if not build_environment(plan, descriptor, self._say, self._run):
+                said = Path(self._setup.setup_log).read_bytes()
+                write_all(self._setup.log_fd, said)
+                raise _Ended("SETUP_FAILED", f"uv could not install {plan.title}; its output is in the job's log")
+        finally:
+            os.close(descriptor)
+
+    def _run(self, command: list[str], directory: str, log: int) -> int:
+        self._child = subprocess.Popen(
+            command,
+            cwd=directory,
+            env=uv_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        code = self._child.wait()
+        self._child = None
+        return code
+
+    def _become_runner(self, handover: bytes) -> None:
+        descriptor = os.memfd_create("handover") if hasattr(os, "memfd_create") else -1
+        if descriptor >= 0:
+            write_all(descriptor, handover)
+            os.lseek(descriptor, 0, os.SEEK_SET)
+        else:
+            descriptor, write_end = os.pipe()
+            if os.fork() == 0:
+                os.close(descriptor)
+                write_all(write_end, handover)
+                os._exit(0)
+            os.close(write_end)
+        os.dup2(descriptor, 0)
+        setup = self._setup
+        for fd in (setup.lock_fd, setup.journal_fd, setup.log_fd, setup.ticket_fd):
+            if fd is not None:
+                os.set_inheritable(fd, True)
+        os.execv(setup.runner[0], setup.runner)
+
+    def _check_feasible(self) -> None:
+        if message := infeasible(self._setup.resources):
+            raise _Ended("INFEASIBLE", message)
+
+    def _check_permit(self) -> None:
+        if not Path(self._setup.permit).exists():
+            raise _Ended("STOPPED_BY_USER")
+
+    def _on_stop(self, number: int, frame: FrameType | None) -> None:
+        if self._child:
+            os.killpg(self._child.pid, signal.SIGKILL)
+        raise _Ended("STOPPED_BY_USER")
+
+    def _say(self, message: str) -> None:
+        self._write({"event": "pending", "message": message})
+
+    def _end(self, reason: str, message: str) -> None:
+        self._write({"event": "ended", "reason": reason, **({"message": message} if message else {})})
+        os.fsync(self._setup.journal_fd)
+
+    def _write(self, event: dict[str, object]) -> None:
+        line = json.dumps({**event, "time": round(time.time(), 6)}).encode() + b"\n"
+        os.pwrite(self._setup.journal_fd, line, self._position)
+        self._position += len(line)
+
+
+def main(descriptor: int) -> None:
+    """Prepare the job whose setup can be read from `descriptor` (its path changes when the job is accepted)."""
+    setup = Setup.read(descriptor)
+    os.close(descriptor)
+    leave_caller()
+    _Preparation(setup).run()
+    os._exit(0)
+
+
+def _read_all(descriptor: int) -> bytes:
+    parts = []
+    while part := os.read(descriptor, 1 << 20):
+        parts.append(part)
+    return b"".join(parts)
