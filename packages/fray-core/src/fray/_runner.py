@@ -4,7 +4,7 @@ A program, never imported: one file, no `fray` import, for any Python >= 3.8, st
 
     python -I -S _runner.py [OPTION VALUE]... -- COMMAND
 
-It runs `/bin/sh -c COMMAND` in a session of its own, hands its output on byte by byte, retries it, limits its time,
+It runs `/bin/sh -c -- COMMAND` in a session of its own, hands its output on byte by byte, retries it, limits its time,
 stops its whole process tree, and writes what happened to a journal of JSON lines. Its tests are black-box, so that a
 runner in another language can take its place. It inherits the command's environment and adds `FRAY_ATTEMPT`.
 
@@ -268,8 +268,9 @@ class Runner:
 
     def run(self):
         if self.options.handover and not self.take_over():
-            why = "the submitting client went away before it had handed over the job's environment"
-            return self.end(None if self.is_asked_to_stop() else "LOST", why)
+            if self.is_asked_to_stop():
+                return self.end("STOPPED_BY_USER")
+            return self.end("LOST", "the submitting client went away before it had handed over the job's environment")
         output = Output(self.options.output)
         self.output = output
         attempt, delay = 0, self.options.retry_delay
@@ -349,7 +350,7 @@ class Runner:
                     step = "cannot enter the working directory " + self.options.directory
                     os.chdir(self.options.directory)
                 step = "cannot start /bin/sh"
-                os.execve("/bin/sh", ["/bin/sh", "-c", self.options.command], environment)
+                os.execve("/bin/sh", ["/bin/sh", "-c", "--", self.options.command], environment)
             except BaseException as error:  # nothing of the parent's may run in this child
                 os.write(report_end, ("%s: %s" % (step, error)).encode("utf-8", "replace"))
             os._exit(70)

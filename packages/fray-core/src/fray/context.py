@@ -84,6 +84,6 @@ def _detected_class() -> type[JobContext]:
         try:
             if cls.detect():
                 return cls
-        except Exception:  # noqa: S112 - a plugin that nobody asked for must not break the code that asks for any
+        except Exception:  # a plugin that nobody asked for must not break the code that asks for any
             continue
     return LocalJobContext

@@ -138,7 +138,15 @@ class Store:
         Raises:
             JobExistsError: Another client was first with this id.
         """
-        record = staged.record
+        # The record is written only now: the supervisor, started before, takes longer to be there than the disk does.
+        record, paths = staged.record, staged.paths
+        paths.outputs.mkdir(mode=0o700)
+        descriptor = os.open(paths.record, os.O_CREAT | os.O_WRONLY, 0o600)
+        try:
+            write_all(descriptor, json.dumps(asdict(record)).encode())
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
         index = self.paths.index / _index_name(record)
         os.close(os.open(index, os.O_CREAT | os.O_WRONLY, 0o600))
         try:
@@ -248,21 +256,13 @@ class Store:
         staged.directory.mkdir(mode=0o700)
         staged.lock_fd = os.open(paths.lock, os.O_CREAT | os.O_RDWR, 0o600)
         fcntl.flock(staged.lock_fd, fcntl.LOCK_EX)
-        paths.outputs.mkdir(mode=0o700)
-        for path in (paths.trouble, paths.permit(record.nonce)):
-            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+        os.close(os.open(paths.permit(record.nonce), os.O_CREAT | os.O_WRONLY, 0o600))
         staged.log_fd = os.open(paths.log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
-        staged.trouble_fd = os.open(paths.trouble, os.O_WRONLY | os.O_APPEND)
+        staged.trouble_fd = os.open(paths.trouble, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
         staged.journal_fd = os.open(paths.journal, os.O_CREAT | os.O_RDWR, 0o600)
         size = _JOURNAL_BYTES + _JOURNAL_BYTES_PER_RETRY * min(record.max_retries, 100)
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(staged.journal_fd, 0, size)
-        descriptor = os.open(paths.record, os.O_CREAT | os.O_WRONLY, 0o600)
-        try:
-            write_all(descriptor, json.dumps(asdict(record)).encode())
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
     def _settle(self, paths: JobPaths, record: JobRecord) -> Outcome:
         """Kill what a dead supervisor left, then record the end: the job's own if it had come to one, else LOST."""

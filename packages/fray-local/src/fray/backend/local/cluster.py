@@ -119,7 +119,7 @@ class SubprocessClusterContext(ClusterContext):
 
     def _plan(self, request: JobRequest) -> JobPlan:
         env = request.env
-        has = machine_resources()
+        has = machine_resources() if env.minimum_resources else {}
         for resource in env.minimum_resources:
             if resource.name not in has:
                 known = ", ".join(name for name in KNOWN_RESOURCES if name in has)
@@ -138,7 +138,7 @@ class SubprocessClusterContext(ClusterContext):
         elif self._python != sys.executable and not shutil.which(self._python):
             raise InvalidValueError(f"python: {self._python!r} is not there, or cannot be executed")
         native: dict[str, Any] = {
-            "command": ["/bin/sh", "-c", request.entrypoint],
+            "command": ["/bin/sh", "-c", "--", request.entrypoint],
             "directory": str(request.directory),
             "python": str(environment.python_path) if environment else self._python,
             "state": str(self._store.paths.job(request.job_id).directory),
@@ -309,11 +309,12 @@ class SubprocessClusterContext(ClusterContext):
         if known.runner is None:  # accepted a moment ago
             time.sleep(min(seconds, 0.002))
             return False
-        if not sleep_until_gone(known.runner, seconds):
-            return False
+        if not sleep_until_gone(known.runner, 0):
+            return sleep_until_gone(known.runner, seconds)
+        # The runner is gone and has recorded no end: its guard, which holds the lock, is cleaning up.
         if known.guard is not None and not sleep_until_gone(known.guard, seconds):
             return False
-        time.sleep(0.0005)  # the kernel wakes waiters a moment before it frees the lock
+        time.sleep(min(seconds, 0.001))  # the kernel wakes waiters a moment before it frees the lock
         return True
 
     def _runner_command(
@@ -355,7 +356,7 @@ class SubprocessClusterContext(ClusterContext):
             first.append(str(scripts))
         variables["PATH"] = os.pathsep.join([*first, variables.get("PATH") or os.defpath])
         # First, since the job is to see the client's version of Fray, whatever its own environment holds.
-        light = str(write_light_part(paths.light))
+        light = _light_part(paths.light)
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, [light, variables.get("PYTHONPATH")]))
         variables["FRAY_JOB_ID"] = request.job_id
         variables["FRAY_OUTPUT_DIR"] = str(paths.job(request.job_id).outputs)
@@ -373,6 +374,12 @@ def _preparer_command(setup: int) -> list[str]:
     return [sys.executable, "-I", "-c", program]
 
 
+@cache
+def _light_part(directory: Path) -> str:
+    return str(write_light_part(directory))
+
+
+@cache
 def _compiled_runner(directory: Path) -> Path:
     """Return the runner compiled for this Python: compiling it anew for each job would double its start."""
     source = runner_source()
@@ -389,6 +396,7 @@ def _compiled_runner(directory: Path) -> Path:
     return target
 
 
+@cache
 def _shims(directory: Path, python: str) -> Path:
     """Return a directory whose `python` and `python3` are `python`.
 
