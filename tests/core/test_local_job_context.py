@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import traceback
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -153,6 +154,51 @@ def test_a_wait_inside_a_task_goes_on_at_its_deadline_with_every_worker_taken() 
 
     assert settled(job_context, job_context.create_task(task)) is True
     assert settled(job_context, job_context.create_task(descend, (5,))) == 5
+
+
+def test_after_such_a_deadline_no_more_run_than_max_workers_again() -> None:
+    job_context = LocalJobContext(max_workers=1)
+    lock = threading.Lock()
+    running, peak = 0, 0
+
+    def occupy() -> None:
+        nonlocal running, peak
+        with lock:
+            running += 1
+            peak = max(peak, running)
+        threading.Event().wait(0.02)
+        with lock:
+            running -= 1
+
+    def task() -> None:
+        release = threading.Event()
+        held = job_context.create_task(release.wait, (DEADLINE_SECONDS,))
+        others = [job_context.create_task(occupy) for _ in range(4)]
+        assert job_context.wait([held], timeout=0.01) == ([], [held])
+        release.set()
+        job_context.get([held, *others])
+
+    settled(job_context, job_context.create_task(task))
+    for ref in [job_context.create_task(occupy) for _ in range(4)]:
+        settled(job_context, ref)
+    assert peak == 1
+
+
+def test_polling_leaves_nothing_behind() -> None:
+    job_context = LocalJobContext()
+    release = threading.Event()
+    ref = job_context.create_task(release.wait, (DEADLINE_SECONDS,))
+    tracemalloc.start()
+    try:
+        job_context.wait([ref], timeout=0)
+        before, _ = tracemalloc.get_traced_memory()
+        for _ in range(2000):
+            job_context.wait([ref], timeout=0)
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        release.set()
+    assert after - before < 100_000
 
 
 def test_a_task_that_polls_lets_others_run() -> None:

@@ -301,7 +301,8 @@ class Runner:
         until = None if self.options.handover_timeout is None else time.monotonic() + self.options.handover_timeout
         while True:
             left = None if until is None else max(0.0, until - time.monotonic())
-            if not poll([0, self.wake], left) or self.is_asked_to_stop():
+            # Only a signal counts here: the permit may not be there before the client is done.
+            if not poll([0, self.wake], left) or self.asked:
                 return False
             self.clear_wake()
             if not poll([0], 0):

@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
@@ -179,6 +179,14 @@ class ClusterContext(ABC):
     def command_options(cls) -> dict[str, Any]:
         """Return the options that the `fray` command connects with where its user gave none."""
         return {}
+
+    @classmethod
+    def doctor(cls) -> Iterable[tuple[bool, str, str]]:
+        """Return what `fray doctor` is to show of this backend: whether it is well, what was found, the remedy.
+
+        @plugin-dev: look at what no connection shows, such as a program that has to be there. No side effect lasts.
+        """
+        return []
 
     @property
     def spec(self) -> str:

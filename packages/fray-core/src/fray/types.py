@@ -316,6 +316,8 @@ class ActorOptions:
     lifetime: Lifetime = Lifetime.EPHEMERAL
 
     def __post_init__(self) -> None:
+        if self.get_if_exists and self.name is None:
+            raise InvalidValueError("get_if_exists needs a name: it says which actor is meant")
         object.__setattr__(self, "resources", _resource_map(self.resources))
         try:
             object.__setattr__(self, "lifetime", Lifetime(self.lifetime))

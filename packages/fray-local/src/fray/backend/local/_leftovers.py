@@ -13,6 +13,8 @@ from contextlib import suppress
 
 import psutil
 
+from fray.backend.local._watch import sleep_until_gone
+
 __all__ = ["belongs_to_job", "kill_leftovers"]
 
 _PATIENCE_SECONDS = 10.0
@@ -28,7 +30,8 @@ def kill_leftovers(job_id: str, outputs: str, sessions: Collection[int]) -> None
         for process in found:
             with suppress(psutil.Error):
                 process.kill()
-        psutil.wait_procs(found, timeout=0.2)
+        for process in found:
+            sleep_until_gone(process.pid, 0.2)
 
 
 def belongs_to_job(pid: int, job_id: str) -> bool:

@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -104,6 +104,13 @@ class SubprocessClusterContext(ClusterContext):
     def command_options(cls) -> dict[str, Any]:
         """The `fray` command's jobs use the user's Python, not the one that the command is installed in."""
         return {"python": command_python()}
+
+    @classmethod
+    def doctor(cls) -> Iterable[tuple[bool, str, str]]:
+        """Check the default state directory, the cache, the free space, uv and the jobs' Python."""
+        from fray.backend.local._doctor import checks
+
+        return checks()
 
     def close(self) -> None:
         """Release the client. Jobs go on."""
