@@ -27,10 +27,8 @@ def light_part(distributions: Sequence[str] = ("fray-core",)) -> dict[str, bytes
     """
     from importlib.metadata import distribution
 
-    import fray
-
     files: dict[str, bytes] = {}
-    core = Path(fray.__file__).parent
+    core = Path(__file__).parent
     for path in sorted(core.rglob("*.py")):
         name = f"fray/{path.relative_to(core).as_posix()}"
         if not name.startswith(_LEFT_OUT) and path.parent in (core, core / "backend"):

@@ -83,7 +83,7 @@ def takes(
                     group(**{name: values.pop(name) for name in names})
                     for group, names in zip(groups, of_groups, strict=True)
                 ]
-                return function(shared, *made, **values)  # type: ignore[call-arg, arg-type]
+                return function(shared, *made, **values)
 
             return reported(call, as_json=shared.as_json, debug=shared.debug)
 

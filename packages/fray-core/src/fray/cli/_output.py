@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any, TextIO
@@ -63,10 +64,8 @@ def write_out(content: bytes) -> None:
 
 def write_error(content: bytes) -> None:
     """Write to standard error, at once; a reader who has gone is not missed."""
-    try:
+    with suppress(BrokenPipeError):  # what is said about the work is no part of it
         _write(2, content)
-    except BrokenPipeError:
-        pass  # what is said about the work is no part of it
 
 
 def discard_output() -> None:

@@ -9,7 +9,7 @@ from fractions import Fraction
 from fray.errors import InvalidValueError
 from fray.types import Resource
 
-__all__ = ["parse_duration", "parse_memory", "parse_pairs", "parse_resource"]
+__all__ = ["parse_duration", "parse_memory", "parse_pairs", "parse_resource", "whole"]
 
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([smhdw]?)\s*", re.ASCII)
@@ -51,7 +51,12 @@ def parse_resource(option: str, text: str) -> Resource:
         number = float(quantity)
     except ValueError:
         raise InvalidValueError(f"{option}: {quantity!r} is no quantity of {name}; write a number") from None
-    return Resource(name, int(number) if number.is_integer() else number)
+    return Resource(name, whole(number))
+
+
+def whole(number: float) -> float:
+    """Return a number without a fraction as an integer: 2 cores, not 2.0."""
+    return int(number) if number.is_integer() else number
 
 
 def parse_pairs(option: str, texts: Iterable[str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fray.cli._quantities import parse_duration, parse_memory, parse_pairs, parse_resource
+from fray.cli._quantities import parse_duration, parse_memory, parse_pairs, parse_resource, whole
 from fray.errors import InvalidValueError
 from fray.types import Resource, RuntimeEnv
 
@@ -133,7 +133,9 @@ def submission(
         if job_id is not None:
             raise InvalidValueError("--job-id and --job-id-prefix exclude each other: give one of them")
         job_id = f"{job_id_prefix}-{time.time_ns()}"
-    minimum = [Resource(name, quantity) for name, quantity in (("CPU", cpu), ("GPU", gpu)) if quantity is not None]
+    minimum = [
+        Resource(name, whole(quantity)) for name, quantity in (("CPU", cpu), ("GPU", gpu)) if quantity is not None
+    ]
     if memory is not None:
         minimum.append(Resource("memory", parse_memory("--memory", memory)))
     minimum += [parse_resource("--resource", text) for text in resource or []]

@@ -8,14 +8,14 @@ from typing import Annotated
 
 import typer
 
-from fray.cli._errors import EXIT_DETACHED, exit_code_of_error, exit_code_of_job, error_as_plain
+from fray.cli._errors import EXIT_DETACHED, error_as_plain, exit_code_of_error, exit_code_of_job
 from fray.cli._follow import Follower
 from fray.cli._options import Shared, connect, takes
 from fray.cli._output import end_text, job_as_plain, print_fields, print_json, print_lines
 from fray.cli._progress import Progress
 from fray.cli._submission import Submission, submission
 from fray.cluster import ClusterContext, JobPlan
-from fray.errors import FrayError, InvalidValueError, UnsupportedError
+from fray.errors import FrayError, InvalidValueError, PlatformError, UnsupportedError
 
 __all__ = ["plan", "run", "submit"]
 
@@ -31,7 +31,8 @@ def run(
 ) -> int:
     """Run a job here and now.
 
-    Submits it, follows its output and exits with its exit code. Ctrl-C asks the job to stop and shows how it ends; a second one leaves it running and returns.
+    Submits it, follows its output and exits with its exit code. Ctrl-C asks the job to stop and shows how it ends; a
+    second one leaves it running and returns.
     """
     with connect(shared, python=what.python, submits=True) as cluster, Progress() as progress:
         if fetch is not None:
@@ -45,7 +46,7 @@ def run(
         follower = Follower(cluster, create, progress, to_stderr=shared.as_json)
         try:
             info = follower.follow()
-        except BaseException:
+        except (PlatformError, OSError):
             if follower.job_id is not None:
                 progress.say(f"{follower.job_id} goes on; follow it again: {_reattach(shared, follower.job_id)}")
             raise

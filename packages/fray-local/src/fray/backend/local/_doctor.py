@@ -37,7 +37,7 @@ def checks() -> Iterator[tuple[bool, str, str]]:
         yield (
             free >= _LITTLE_SPACE_BYTES,
             f"local: the {title} {directory} can be written to, {free / (1 << 30):.1f} GiB are free",
-            f"free some space; `fray purge --older-than 30d` removes old jobs, `rm -r {_paths.default_cache()}` the cache",
+            "free some space: `fray purge --older-than 30d` removes old jobs, and the cache may be deleted",
         )
     yield _uv()
     python = command_python()

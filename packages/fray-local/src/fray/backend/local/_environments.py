@@ -103,7 +103,7 @@ def plan_environment(
         lines if extras else sorted(requirements),
         str(project) if extras else "",
         settings,
-        [_local_content(each) for each in requirements],
+        [_local_content(each) for each in sorted(requirements)],
     ]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     title = ", ".join([*(f"extra {extra}" for extra in extras), *requirements])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import sys
 import time
 
 __all__ = ["sleep_until_gone"]
@@ -26,7 +27,7 @@ def sleep_until_gone(pid: int, seconds: float) -> bool:
             return bool(waiter.poll(max(0.0, seconds) * 1000))
         finally:
             os.close(descriptor)
-    if hasattr(select, "kqueue"):  # macOS
+    if sys.platform == "darwin":
         queue = select.kqueue()
         try:
             event = select.kevent(
