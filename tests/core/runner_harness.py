@@ -165,7 +165,8 @@ def children_of(pid: int) -> list[int]:
 class Job:
     """A runner that was started, in a directory of its own. A context manager that leaves no process behind.
 
-    Every process of it carries `marker` in its environment, by which it is found wherever it went.
+    Every process of it carries `marker` in its environment, by which it is found wherever it went. Commands find the
+    directory in `$HERE`.
     """
 
     def __init__(
@@ -194,7 +195,7 @@ class Job:
                 stdin=stdin,
                 stdout=stdout,
                 stderr=stderr,
-                env={**os.environ, **(environment or {}), name: value},
+                env={**os.environ, "HERE": str(directory), **(environment or {}), name: value},
                 pass_fds=pass_fds,
                 cwd=directory,
             )
@@ -251,6 +252,10 @@ class Job:
 
     def wait_for_output(self, text: bytes, count: int = 1) -> None:
         until(lambda: self.output.count(text) >= count, f"{text!r} in the output")
+
+    def release(self, name: str = "release") -> None:
+        """Let those go on that wait for this file."""
+        (self.directory / name).touch()
 
     @property
     def runner_pid(self) -> int:

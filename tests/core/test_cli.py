@@ -111,7 +111,7 @@ def test_ctrl_c_stops_the_job_and_shows_its_end(command: Command) -> None:
     interrupt(process)
     output, errors = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == 7
-    assert output == b"stopped\n"
+    assert output.endswith(b"stopped\n")
     assert b"fray: stopping one" in errors
     assert b"one STOPPED" in errors
 
@@ -133,7 +133,9 @@ def test_a_second_ctrl_c_leaves_the_job_and_says_how_to_come_back(command: Comma
     interrupt(process)
     _, errors = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == 130
-    assert f"fray logs -c {command.spec} -f deaf".encode() in errors
+    assert f"left deaf, which has been asked to stop; follow it again: fray logs -c {command.spec} -f deaf" in (
+        errors.decode()
+    )
     assert b"Traceback" not in errors
     (command.project / "release").touch()
     assert "deaf STOPPED" in command("wait", "deaf").stderr
@@ -336,7 +338,8 @@ def test_describe_shows_everything(command: Command) -> None:
 def test_logs_are_the_exact_bytes(command: Command) -> None:
     content = bytes(range(256)) * 3 + b"\n[bold]no markup[/bold]\r\nlast without newline"
     (command.project / "content").write_bytes(content)
-    command("run", "--job-id", "bytes", "--", "cat content")
+    assert command.submit("--job-id", "bytes", "--", "cat content") == "bytes"
+    assert command("wait", "bytes").returncode == 0
     for arguments in (("logs", "bytes"), ("logs", "-f", "bytes")):
         process = command.start(*arguments)
         output, errors = process.communicate(timeout=DEADLINE_SECONDS)

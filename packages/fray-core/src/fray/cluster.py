@@ -8,19 +8,15 @@ all of them keep are in `docs/contract.md`; `fray.testing` proves them.
 from __future__ import annotations
 
 import os
-import re
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 from fray.errors import (
     ConnectionFailedError,
-    InvalidTypeError,
     InvalidValueError,
     JobExistsError,
     JobFailedError,
@@ -28,131 +24,28 @@ from fray.errors import (
     UnsupportedError,
     WaitTimeoutError,
 )
-from fray.types import JobInfo, JobStatus, RuntimeEnv, TpuRunConfig, check_text
+from fray.request import (
+    Capabilities,
+    JobPlan,
+    JobRequest,
+    check_capabilities,
+    check_count,
+    check_job_id,
+    check_seconds,
+    make_request,
+)
+from fray.types import JobInfo, JobStatus, RuntimeEnv, TpuRunConfig
 
 __all__ = ["Capabilities", "ClusterContext", "JobPlan", "JobRequest"]
 
 T = TypeVar("T")
 
-_JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 _TAIL_BLOCK_BYTES = 64 * 1024
 _TAIL_LIMIT_BYTES = 64 * 1024 * 1024
 # How long a call that can be repeated is repeated when the engine cannot be reached, and how long a wait without a
 # deadline or a followed log sits out an engine that is away.
 _CALL_PATIENCE_SECONDS = 5.0
 _WAIT_PATIENCE_SECONDS = 300.0
-
-_id_lock = threading.Lock()
-_last_id = 0
-
-
-@dataclass(frozen=True)
-class Capabilities:
-    """What a backend can do beyond the contract's core. What it cannot is refused, never ignored.
-
-    @plugin-dev: nothing else may be missing. A class default, narrowed per instance by what the engine turns out to
-    have.
-
-    Attributes:
-        max_retries: Failing commands are run again.
-        timeout_seconds: A time limit.
-        outputs: `$FRAY_OUTPUT_DIR` can be fetched.
-        nested_jobs: `fray.connect()` inside a job reaches the same cluster.
-        resource_caps: `maximum_resources` are enforced.
-        container_images: `container_image`.
-        package_requirements: `package_requirements` and `extras`.
-        task_context: `get_job_context()` in a job.
-        tpu: `run_on_tpu`.
-    """
-
-    max_retries: bool = False
-    timeout_seconds: bool = False
-    outputs: bool = False
-    nested_jobs: bool = False
-    resource_caps: bool = False
-    container_images: bool = False
-    package_requirements: bool = False
-    task_context: bool = False
-    tpu: bool = False
-
-
-@dataclass(frozen=True)
-class JobRequest:
-    """What the caller asked for, checked.
-
-    Attributes:
-        job_id: The id that the job will have.
-        entrypoint: The shell command.
-        env: What surrounds it; its representation masks what is not to be shown.
-        directory: The absolute working directory on the client.
-        metadata: What the caller attaches.
-        timeout_seconds: The time limit of all attempts together, None for none.
-        max_retries: How many more attempts a failing command gets.
-    """
-
-    job_id: str
-    entrypoint: str
-    env: RuntimeEnv
-    directory: Path
-    metadata: dict[str, str] = field(default_factory=dict)
-    timeout_seconds: float | None = None
-    max_retries: int = 0
-
-    @property
-    def fingerprint(self) -> str:
-        """What makes two requests the same job: not metadata, secrets' values or the directory's content."""
-        import hashlib
-        import json
-
-        env = {each.name: getattr(self.env, each.name) for each in fields(self.env)}
-        env["secrets"] = sorted(self.env.secrets)
-        for name in ("minimum_resources", "maximum_resources"):
-            env[name] = {resource.name: float(resource.quantity) for resource in env[name]}
-        same = [self.entrypoint, env, self.max_retries, self.timeout_seconds and float(self.timeout_seconds)]
-        return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class JobPlan:
-    """What a backend will ask of its engine for a job. Printing it has no side effect and shows no secret.
-
-    Attributes:
-        backend: The backend's name.
-        request: What was asked for.
-        native: The engine's own request, as plain values, masked.
-        upload_bytes: What would be shipped; None where nothing is.
-        image: The image that the job would run in; None where it runs in none.
-        details: What the backend itself needs to go from here to the submission; not shown.
-    """
-
-    backend: str
-    request: JobRequest
-    native: dict[str, Any] = field(default_factory=dict)
-    upload_bytes: int | None = None
-    image: str | None = None
-    details: Any = field(default=None, repr=False, compare=False)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the plan as plain values, masked, ready for JSON."""
-        request = self.request
-        return {
-            "backend": self.backend,
-            "job_id": request.job_id,
-            "entrypoint": request.entrypoint,
-            "env": request.env.masked(),
-            "directory": str(request.directory),
-            "metadata": request.metadata,
-            "timeout_seconds": request.timeout_seconds,
-            "max_retries": request.max_retries,
-            "upload_bytes": self.upload_bytes,
-            "image": self.image,
-            "native": self.native,
-        }
-
-    def __str__(self) -> str:
-        import json
-
-        return json.dumps(self.as_dict(), indent=2, default=str)
 
 
 class ClusterContext(ABC):
@@ -262,11 +155,15 @@ class ClusterContext(ABC):
         max_retries: int = 0,
     ) -> JobPlan:
         """Return what `create_job` would ask of the engine, and refuse what it would refuse. Nothing is done."""
-        if if_exists not in ("error", "adopt"):
-            raise InvalidValueError(f"if_exists is 'error' or 'adopt', not {if_exists!r}")
-        if if_exists == "adopt" and job_id is None:
-            raise InvalidValueError("if_exists='adopt' needs a job_id: it says which job is meant")
-        request = self._check_request(entrypoint, env, job_id, metadata, timeout_seconds, max_retries)
+        request = make_request(
+            entrypoint,
+            env,
+            job_id=job_id,
+            if_exists=if_exists,
+            metadata=metadata,
+            timeout_seconds=timeout_seconds,
+            max_retries=max_retries,
+        )
         self._check_capabilities(request)
         return self._plan(request)
 
@@ -282,7 +179,8 @@ class ClusterContext(ABC):
                 status = JobStatus(status)
             except ValueError:
                 raise InvalidValueError(f"status is one of {', '.join(JobStatus)}, not {status!r}") from None
-        _check_count("limit", limit)
+        if limit is not None:
+            check_count("limit", limit)
         return self._retry(lambda: self._list(status, limit))
 
     def get_job(self, job_id: str) -> JobInfo:
@@ -291,7 +189,7 @@ class ClusterContext(ABC):
         Raises:
             JobNotFoundError: There is none of this id.
         """
-        _check_job_id(job_id)
+        check_job_id(job_id)
         return self._retry(lambda: self._get(job_id))
 
     def wait(self, job_id: str, timeout: float | None = None, *, check: bool = False) -> JobInfo:
@@ -307,9 +205,9 @@ class ClusterContext(ABC):
             JobFailedError: With `check`, the job did not succeed.
             JobNotFoundError: There is none of this id.
         """
-        _check_job_id(job_id)
+        check_job_id(job_id)
         if timeout is not None:
-            _check_seconds("timeout", timeout)
+            check_seconds("timeout", timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
         patience = _WAIT_PATIENCE_SECONDS if deadline is None else max(0.0, deadline - time.monotonic())
         info = self._retry(lambda: self._wait(job_id, deadline), patience)
@@ -331,7 +229,7 @@ class ClusterContext(ABC):
         Raises:
             JobNotFoundError: There is none of this id.
         """
-        _check_job_id(job_id)
+        check_job_id(job_id)
         self._retry(lambda: self._stop(job_id))
 
     def purge_job(self, job_id: str) -> None:
@@ -350,8 +248,8 @@ class ClusterContext(ABC):
 
     def read_logs(self, job_id: str, offset: int = 0) -> bytes:
         """Return the job's output so far, stdout and stderr as one stream, from byte `offset` on, unaltered."""
-        _check_job_id(job_id)
-        _check_count("offset", offset)
+        check_job_id(job_id)
+        check_count("offset", offset)
         return self._retry(lambda: b"".join(self._read_logs(job_id, offset, False)))
 
     def get_logs(self, job_id: str, *, tail: int | None = None) -> str:
@@ -359,8 +257,9 @@ class ClusterContext(ABC):
 
         Undecodable bytes are replaced. A tail looks at no more than the last 64 MiB.
         """
-        _check_job_id(job_id)
-        _check_count("tail", tail)
+        check_job_id(job_id)
+        if tail is not None:
+            check_count("tail", tail)
         return self.read_logs(job_id, self._tail_offset(job_id, tail)).decode(errors="replace")
 
     def stream_logs(self, job_id: str, *, tail: int | None = None, follow: bool = True) -> Iterator[str]:
@@ -374,8 +273,9 @@ class ClusterContext(ABC):
         Raises:
             JobNotFoundError: There is none of this id (raised by this call, not by the first line).
         """
-        _check_job_id(job_id)
-        _check_count("tail", tail)
+        check_job_id(job_id)
+        if tail is not None:
+            check_count("tail", tail)
         self.get_job(job_id)
         return self._lines(job_id, self._tail_offset(job_id, tail), follow)
 
@@ -388,7 +288,7 @@ class ClusterContext(ABC):
             UnsupportedError: This backend has no outputs.
             InvalidValueError: `destination` exists and is no directory.
         """
-        _check_job_id(job_id)
+        check_job_id(job_id)
         if not self.capabilities.outputs:
             raise UnsupportedError(f"the backend {self.name!r} has no outputs to fetch")
         target = Path(destination)
@@ -404,7 +304,9 @@ class ClusterContext(ABC):
         Raises:
             UnsupportedError: This backend has no TPUs.
         """
-        raise UnsupportedError(f"the backend {self.name!r} has no TPUs: connect to a Ray cluster (pip install fray-ray)")
+        raise UnsupportedError(
+            f"the backend {self.name!r} has no TPUs: connect to a Ray cluster (pip install fray-ray)"
+        )
 
     # The client
 
@@ -490,76 +392,8 @@ class ClusterContext(ABC):
 
     # Behind the front
 
-    def _check_request(
-        self,
-        entrypoint: object,
-        env: object,
-        job_id: str | None,
-        metadata: object,
-        timeout_seconds: float | None,
-        max_retries: object,
-    ) -> JobRequest:
-        if not isinstance(entrypoint, str):
-            if callable(entrypoint):
-                raise InvalidTypeError(
-                    "create_job takes a shell command, not a function: put the function in a script, say my_job.py, "
-                    "that gets its tasks from fray.get_job_context(), and submit 'python my_job.py'"
-                )
-            raise InvalidTypeError(
-                f"entrypoint must be a string, got {type(entrypoint).__name__}: {entrypoint!r}; "
-                "shlex.join makes one of a list"
-            )
-        check_text("entrypoint", entrypoint)
-        if not entrypoint.strip():
-            raise InvalidValueError("entrypoint is empty: give a shell command, such as 'python train.py'")
-        if env is None:
-            env = RuntimeEnv()
-        elif not isinstance(env, RuntimeEnv):
-            raise InvalidTypeError(f"env must be a fray.RuntimeEnv, got {type(env).__name__}")
-        if job_id is not None:
-            _check_job_id(job_id)
-        if timeout_seconds is not None:
-            _check_seconds("timeout_seconds", timeout_seconds)
-            if timeout_seconds <= 0:
-                raise InvalidValueError(f"timeout_seconds must be above 0, got {timeout_seconds}")
-        if isinstance(max_retries, bool) or not isinstance(max_retries, int):
-            raise InvalidTypeError(f"max_retries must be an integer, got {type(max_retries).__name__}")
-        if max_retries < 0:
-            raise InvalidValueError(f"max_retries cannot be negative: {max_retries}")
-        return JobRequest(
-            _make_up_id() if job_id is None else job_id,
-            entrypoint,
-            env,
-            self._working_directory(env),
-            _check_metadata(metadata),
-            timeout_seconds,
-            max_retries,
-        )
-
-    def _working_directory(self, env: RuntimeEnv) -> Path:
-        try:
-            directory = Path(env.working_dir or ".").absolute()
-            if env.working_dir is None and env.container_image is None:
-                return directory  # the caller's own: it is there, or absolute() would have said so
-            if env.working_dir is not None and not directory.is_dir():
-                raise InvalidValueError(f"working_dir: {str(directory)!r} is not a directory")
-        except FileNotFoundError:
-            raise InvalidValueError("the current directory has been removed: name a working_dir") from None
-        return directory
-
     def _check_capabilities(self, request: JobRequest) -> None:
-        has, env = self.capabilities, request.env
-        needed = {
-            "max_retries": (has.max_retries, request.max_retries > 0),
-            "timeout_seconds": (has.timeout_seconds, request.timeout_seconds is not None),
-            "maximum_resources": (has.resource_caps, bool(env.maximum_resources)),
-            "container_image": (has.container_images, env.container_image is not None),
-            "package_requirements": (has.package_requirements, bool(env.package_requirements)),
-            "extras": (has.package_requirements, bool(env.extras)),
-        }
-        for option, (there, asked_for) in needed.items():
-            if asked_for and not there:
-                raise UnsupportedError(f"the backend {self.name!r} does not have {option}: leave it out")
+        check_capabilities(self.name, self.capabilities, request)
 
     def _lines(self, job_id: str, offset: int, follow: bool) -> Iterator[str]:
         pending: list[bytes] = []
@@ -634,50 +468,3 @@ class ClusterContext(ABC):
                     raise
                 time.sleep(pause)
                 pause = min(pause * 2, 5.0)
-
-
-def _make_up_id() -> str:
-    global _last_id
-    with _id_lock:
-        _last_id = max(time.time_ns(), _last_id + 1)
-        return f"fray-{_last_id}"
-
-
-def _check_job_id(job_id: object) -> None:
-    if not isinstance(job_id, str):
-        raise InvalidTypeError(f"a job id is a string, got {type(job_id).__name__}: {job_id!r}")
-    if not _JOB_ID.fullmatch(job_id):
-        raise InvalidValueError(
-            f"{job_id!r} is no job id: 1 to 63 of the characters A-Z a-z 0-9 _ -, the first a letter or a digit"
-        )
-
-
-def _check_metadata(metadata: object) -> dict[str, str]:
-    if metadata is None:
-        return {}
-    if not isinstance(metadata, Mapping):
-        raise InvalidTypeError(f"metadata must map strings to strings, got {type(metadata).__name__}")
-    for key, value in metadata.items():
-        if not isinstance(key, str) or not isinstance(value, str):
-            raise InvalidTypeError(f"metadata must map strings to strings, got {key!r}: {value!r}")
-        check_text("metadata keys", key)
-        check_text(f"metadata[{key}]", value)
-    return dict(metadata)
-
-
-def _check_seconds(what: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InvalidTypeError(f"{what} must be a number of seconds, got {type(value).__name__}: {value!r}")
-    if value != value or value in (float("inf"), float("-inf")):
-        raise InvalidValueError(f"{what} must be finite, got {value}; None means without limit")
-    if value < 0:
-        raise InvalidValueError(f"{what} cannot be negative: {value}")
-
-
-def _check_count(what: str, value: object) -> None:
-    if value is None and what != "offset":
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidTypeError(f"{what} must be an integer, got {type(value).__name__}: {value!r}")
-    if value < 0:
-        raise InvalidValueError(f"{what} cannot be negative: {value}")

@@ -93,7 +93,9 @@ def resolve(spec: str | None) -> tuple[str, str | None, dict[str, Any]]:
     from fray.config import find_config
 
     if spec is not None and not isinstance(spec, str):
-        raise InvalidValueError(f"a cluster's spec is a string, such as 'local' or 'ray:http://head:8265', not {spec!r}")
+        raise InvalidValueError(
+            f"a cluster's spec is a string, such as 'local' or 'ray:http://head:8265', not {spec!r}"
+        )
     # A spec with a colon can be no configured name: no file is looked for.
     spec = spec or os.environ.get("FRAY_CLUSTER")
     if spec is None or ":" not in spec:
@@ -157,9 +159,7 @@ def _load(group: str, name: str, base: type[Any]) -> type[Any]:
         raise _not_found(group, name, ())
     if len(entries) > 1:
         claimants = " and ".join(_distribution_of(entry) for entry in entries)
-        raise BackendConflictError(
-            f"the {_KINDS[group]} {name!r} is claimed by {claimants}: uninstall one of them"
-        )
+        raise BackendConflictError(f"the {_KINDS[group]} {name!r} is claimed by {claimants}: uninstall one of them")
     entry = entries[0]
     try:
         loaded = entry.load()

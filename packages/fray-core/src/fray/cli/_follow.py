@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 from fray.cli._output import OutputClosedError, write_error, write_out
 from fray.cli._progress import Progress, watch
@@ -33,6 +34,11 @@ class Follower:
         create: Submits the job and returns its id.
         progress: Is told how it goes.
         to_stderr: Whether the job's output goes to standard error.
+
+    Attributes:
+        job_id: The job's id, None until it is accepted.
+        info: Its final record, None until it is over.
+        is_asked_to_stop: Whether the cluster has taken a request to stop it.
     """
 
     def __init__(
@@ -45,8 +51,10 @@ class Follower:
         self._accepted = threading.Event()
         self._done = threading.Event()
         self._error: BaseException | None = None
+        self._stopper: threading.Thread | None = None
         self.job_id: str | None = None
         self.info: JobInfo | None = None
+        self.is_asked_to_stop = False
 
     def follow(self) -> JobInfo | None:
         """Follow the job and return its final record; None where the user left it.
@@ -58,26 +66,40 @@ class Follower:
             self._done.wait()
         except KeyboardInterrupt:
             try:
-                self._ask_to_stop()
+                self._begin_to_stop()
                 self._done.wait()
             except KeyboardInterrupt:
+                self._finish_asking()
                 return None
         if self._error is not None:
             raise self._error
         return self.info
 
-    def _ask_to_stop(self) -> None:
+    def _begin_to_stop(self) -> None:
         if self._accepted.is_set():
             self._progress.say(f"stopping {self.job_id}; Ctrl-C again leaves it to itself")
         else:
             self._progress.say("the job will be stopped as soon as it is accepted; Ctrl-C again does not wait for that")
-            self._accepted.wait()
+        # In a thread: a second Ctrl-C right after the first must not take the request back.
+        self._stopper = threading.Thread(target=self._ask_to_stop, name="fray-stop", daemon=True)
+        self._stopper.start()
+
+    def _finish_asking(self) -> None:
+        """Let a request to stop go out; a third Ctrl-C gives that up too."""
+        if self._accepted.is_set() and self._stopper is not None:
+            with suppress(KeyboardInterrupt):
+                self._stopper.join()
+
+    def _ask_to_stop(self) -> None:
+        self._accepted.wait()
         if self.job_id is None:
             return
         try:
             self._cluster.delete_job(self.job_id)
         except FrayError as error:
             self._progress.say(f"{self.job_id} could not be asked to stop: {error}")
+        else:
+            self.is_asked_to_stop = True
 
     def _work(self) -> None:
         try:

@@ -100,12 +100,14 @@ def print_table(header: Row, rows: Iterable[Row]) -> None:
         from rich.text import Text
 
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for number, title in enumerate(header):
-            # The last column gives way; an id that is cut off would be good for nothing.
-            is_last = number == len(header) - 1
-            table.add_column(title, no_wrap=True, overflow="ellipsis" if is_last else "fold")
+        for title in header[:-1]:
+            table.add_column(title, no_wrap=True)
+        # Only a column that may wrap gives way, and its texts are cut instead: an id that is cut is good for nothing.
+        table.add_column(header[-1])
         for row in rows:
-            table.add_row(*(Text(one_line(cell), style=_STATUS_STYLES.get(cell, "")) for cell in row))
+            cells = [Text(one_line(cell), _STATUS_STYLES.get(cell, "")) for cell in row]
+            cells[-1].no_wrap, cells[-1].overflow = True, "ellipsis"
+            table.add_row(*cells)
         _print_rich(table)
         return
     lines = [[one_line(cell) or "-" for cell in row] for row in (header, *rows)]

@@ -51,7 +51,7 @@ def run(
                 progress.say(f"{follower.job_id} goes on; follow it again: {_reattach(shared, follower.job_id)}")
             raise
         if info is None:
-            return _detach(shared, cluster, follower.job_id, progress)
+            return _detach(shared, cluster, follower, progress)
         progress.say(end_text(info))
         document, exit_code = job_as_plain(info), exit_code_of_job(info)
         if fetch is not None:
@@ -104,14 +104,16 @@ def _reattach(shared: Shared, job_id: str) -> str:
     return shared.command_line("logs", "-f", job_id)
 
 
-def _detach(shared: Shared, cluster: ClusterContext, job_id: str | None, progress: Progress) -> int:
+def _detach(shared: Shared, cluster: ClusterContext, follower: Follower, progress: Progress) -> int:
+    job_id = follower.job_id
     if job_id is None:
         progress.say(
             "interrupted while the job was being submitted: whether it was accepted says "
             f"`{shared.command_line('list')}`"
         )
         return EXIT_DETACHED
-    progress.say(f"left {job_id} to itself; follow it again: {_reattach(shared, job_id)}")
+    state = "has been asked to stop" if follower.is_asked_to_stop else "goes on"
+    progress.say(f"left {job_id}, which {state}; follow it again: {_reattach(shared, job_id)}")
     if shared.as_json:
         print_json(job_as_plain(cluster.get_job(job_id)))
     return EXIT_DETACHED

@@ -212,6 +212,9 @@ _DEAF_CHILD = (
     '[ -z "$FRAY_OUTPUT_DIR" ] || echo >> "$FRAY_OUTPUT_DIR/beat"; sleep 0.05; done'
 )
 
+# Some time passes, in steps: a single sleep would be ended by the signal that the whole tree gets.
+_LINGER = "i=0; while [ $i -lt 6 ]; do sleep 0.05; i=$((i+1)); done"
+
 
 class ClusterConformance:
     """The suite; subclass it with a fixture `harness`."""
@@ -341,8 +344,7 @@ class ClusterConformance:
 
     @cites(3)
     def test_a_job_is_not_over_before_its_processes_are(self, harness: ClusterHarness) -> None:
-        clean_up = "i=0; while [ $i -lt 6 ]; do sleep 0.05; i=$((i+1)); done; echo cleaned up; exit"
-        left_behind = f"trap '{clean_up}' TERM; echo > up; while :; do sleep 0.05; done"
+        left_behind = f"trap '{_LINGER}; echo cleaned up; exit' TERM; echo > up; while :; do sleep 0.05; done"
         up = "while ! [ -s up ]; do sleep 0.02; done"
         command = f"cd $(mktemp -d); sh -c {shlex.quote(left_behind)} & {up}; exit 5"
         info = harness.run(command)
@@ -380,7 +382,7 @@ class ClusterConformance:
 
     @cites(4)
     def test_the_shells_death_does_not_cut_the_others_grace_short(self, harness: ClusterHarness) -> None:
-        slow = "trap 'sleep 0.3; echo saved; exit' TERM; echo ready; while :; do sleep 0.05; done"
+        slow = f"trap '{_LINGER}; echo saved; exit' TERM; echo ready; while :; do sleep 0.05; done"
         job_id = harness.cluster.create_job(f"sh -c {shlex.quote(slow)} & wait")
         harness.until_logged(job_id, b"ready")
         harness.cluster.delete_job(job_id)
@@ -457,7 +459,7 @@ class ClusterConformance:
 
     @cites(5)
     def test_a_followed_log_comes_live_and_to_its_last_byte(self, harness: ClusterHarness) -> None:
-        command = "trap 'printf bye; exit' TERM; echo ready; while :; do sleep 0.05; done"
+        command = f"trap '{_LINGER}; printf bye; exit' TERM; echo ready; while :; do sleep 0.05; done"
         job_id = harness.cluster.create_job(command)
         lines = harness.cluster.stream_logs(job_id)
         assert harness.soon(lambda: next(lines, None), "a line of a job that runs") == "ready"
@@ -560,6 +562,7 @@ cluster.purge_job(job_id)
         assert [info.id for info in harness.cluster.list_jobs(limit=1)] == ids[-1:]
         failed = [info.id for info in harness.cluster.list_jobs(status=JobStatus.FAILED) if info.id in ids]
         assert failed == [ids[2], ids[0]]
+        assert [info.id for info in harness.cluster.list_jobs(status=JobStatus.FAILED, limit=1)] == [ids[2]]
         assert harness.cluster.list_jobs(limit=0) == []
 
     @cites(7)
@@ -577,6 +580,7 @@ cluster.purge_job(job_id)
         job_id = harness.cluster.create_job("echo marker-4f1c; sleep 600", job_id="to-purge")
         with pytest.raises(JobNotFinishedError, match="to-purge"):
             harness.cluster.purge_job(job_id)
+        harness.until_logged(job_id, b"marker-4f1c")
         harness.cluster.delete_job(job_id)
         harness.end(job_id)
         harness.cluster.purge_job(job_id)

@@ -172,7 +172,9 @@ def find_uv() -> str:
 
 def _build(plan: EnvironmentPlan, staging: Path, log: int, run: Callable[[list[str], str, int], int]) -> bool:
     uv = find_uv()
-    made = run([uv, "venv", "--quiet", "--no-project", "--relocatable", "--python", plan.python, str(staging)], "/", log)
+    made = run(
+        [uv, "venv", "--quiet", "--no-project", "--relocatable", "--python", plan.python, str(staging)], "/", log
+    )
     if made != 0:
         return False
     notes = staging / "fray"

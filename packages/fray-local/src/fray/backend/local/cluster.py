@@ -375,8 +375,7 @@ class SubprocessClusterContext(ClusterContext):
 def _preparer_command(setup: int) -> list[str]:
     """The preparer sees the client's own modules, and nothing of the job's environment reaches into it."""
     program = (
-        f"import sys; sys.path[:] = {json.dumps(sys.path)}; "
-        f"from fray.backend.local._prepare import main; main({setup})"
+        f"import sys; sys.path[:] = {json.dumps(sys.path)}; from fray.backend.local._prepare import main; main({setup})"
     )
     return [sys.executable, "-I", "-c", program]
 
