@@ -37,7 +37,7 @@ $(VENV)/.ready: $(LOCK) $(wildcard packages/*/pyproject.toml) $(filter .tools/bi
 	@touch $@
 
 demo: $(VENV)/.ready
-	@cd examples/digits && $(CURDIR)/$(BIN)/fray run --package scikit-learn --job-id-prefix digits --fetch outputs -- python train.py --folds 5
+	@cd examples/digits && $(CURDIR)/$(BIN)/fray run --package scikit-learn --fetch outputs -- python train.py --folds 5
 	@echo && echo "The job left its result in examples/digits/outputs/:" && cat examples/digits/outputs/metrics.json
 
 test: $(VENV)/.ready

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import fray
-from benchmarks.jobs import connected, run_job
+from benchmarks.jobs import connected
 from benchmarks.measuring import Comparison, Series, Settings, Side, clock, interleave, state
 from fray.backend.local._paths import StorePaths
 

@@ -26,7 +26,8 @@ def torchx(scratch):
         for handle in handles:
             # Its default is to look every ten seconds: that would measure the pause.
             status = runner.wait(handle, wait_interval=0.01)
-            assert status is not None and status.state.name == "SUCCEEDED", status
+            assert status is not None, "the job is not known any more"
+            assert status.state.name == "SUCCEEDED", status
 
     return submit_and_wait
 

@@ -81,7 +81,7 @@ class Peer:
         self._scratch = scratch / f"peer-{name}"
         self._scratch.mkdir(parents=True, exist_ok=True)
         self._trouble = (self._scratch / "stderr").open("w+")
-        self._process = subprocess.Popen(
+        process = subprocess.Popen(
             [python, str(_HERE / "peer_worker.py"), name, str(self._scratch)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -89,13 +89,15 @@ class Peer:
             text=True,
             cwd=self._scratch,
         )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._process, self._requests, self._answers = process, process.stdin, process.stdout
 
     def measure(self, jobs: int) -> float:
         """Return the seconds from the submission of so many jobs to the moment at which all are known to be over."""
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(json.dumps({"jobs": jobs}) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
+        self._requests.write(json.dumps({"jobs": jobs}) + "\n")
+        self._requests.flush()
+        answer = self._answers.readline()
         if not answer:
             self._trouble.seek(0)
             raise RuntimeError(f"the worker of {self.name} died: {self._trouble.read()[-2000:]}")
@@ -107,12 +109,11 @@ class Peer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.close()
+        self._requests.close()
         try:
             self._process.wait(timeout=20)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._process.stdout.close()
+        self._answers.close()
         self._trouble.close()

@@ -117,7 +117,7 @@ def _cells(each: Comparison) -> tuple[str, ...]:
 def _amount(value: float | None, unit: str, *, signed: bool = False) -> str:
     if value is None:
         return ""
-    word = {"s": " ms", "bytes": " MiB", "ratio": " ×"}.get(unit, "")
+    word = {"s": " ms", "bytes": " MiB", "ratio": " \N{MULTIPLICATION SIGN}"}.get(unit, "")
     return ("+" if signed and value > 0 else "") + _bare_amount(value, unit) + word
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -84,7 +86,7 @@ def _bare() -> float:
         share = _memory(process.pid, "Pss")
         process.kill()
         for pid in found:
-            subprocess.run(["kill", pid], check=False)
+            os.kill(int(pid), signal.SIGTERM)
     return share
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import psutil
 
-from fray.backend.local import SubprocessClusterContext
 from fray.backend.local._admission import machine_resources
 from fray.supervision import read_journal
 from fray.testing import ClusterHarness

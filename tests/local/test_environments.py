@@ -147,7 +147,10 @@ class TestPreparation:
         real = wheel.read_bytes()
         env = RuntimeEnv([requirement])
         key = harness.cluster.plan_job("true", env).native["environment"]["directory"]
-        program = f"import fcntl; f = open({f'{key}.lock'!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); import signal; signal.pause()"
+        program = (
+            f"import fcntl, signal; f = open({f'{key}.lock'!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
+            "print('held', flush=True); signal.pause()"
+        )
         cache.mkdir(exist_ok=True)
         with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as rival:
             assert rival.stdout is not None
@@ -199,9 +202,7 @@ class TestPreparation:
             assert (info.status, info.attempts) == (JobStatus.STOPPED, ())
             assert harness.cluster.read_logs(job_id) == b""
 
-    def test_secrets_and_large_secrets_pass_through_a_preparation(
-        self, harness: LocalHarness, tmp_path: Path
-    ) -> None:
+    def test_secrets_and_large_secrets_pass_through_a_preparation(self, harness: LocalHarness, tmp_path: Path) -> None:
         secrets = {f"S{number}": chr(65 + number) * 100_000 for number in range(5)}
         env = RuntimeEnv([make_wheel(tmp_path / "w", "tinypkg")], secrets=secrets)
         for _ in range(2):
@@ -274,7 +275,7 @@ class TestInterpreters:
         _uv("venv", "--quiet", "--python", sys.executable, str(named))
         harness.options["python"] = str(named / "bin" / "python")
         assert _output(harness, "python -c 'import sys; print(sys.prefix)'") == f"{named}\n"
-        assert _output(harness, "command -v activate.csh || ls \"$(dirname \"$(command -v python)\")\"").strip()
+        assert _output(harness, 'command -v activate.csh || ls "$(dirname "$(command -v python)")"').strip()
 
     def test_a_python_that_is_none_is_refused(self, harness: LocalHarness, tmp_path: Path) -> None:
         fake = tmp_path / "python"
@@ -297,9 +298,7 @@ class TestInterpreters:
         assert info.exit_code == 1
         assert "needs Python 3.11 or newer" in harness.cluster.get_logs(info.id)
 
-    def test_the_command_uses_the_users_environment(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_the_command_uses_the_users_environment(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("venv", "project/.venv"):
             (tmp_path / name / "bin").mkdir(parents=True)
             (tmp_path / name / "bin" / "python").write_text("#!/bin/sh\n")

@@ -156,8 +156,9 @@ class TestDeadSupervisors:
 
     def test_an_end_that_was_recorded_outlives_its_runner(self, harness: LocalHarness) -> None:
         deaf = "trap '' TERM; echo up; while :; do sleep 0.05; done"
-        job_id = harness.cluster.create_job(f'sh -c "{deaf}" & while ! [ -s {harness.root}/x ]; do sleep 0.05; '
-                                            f"echo > {harness.root}/x; done; exit 5")
+        job_id = harness.cluster.create_job(
+            f'sh -c "{deaf}" & while ! [ -s {harness.root}/x ]; do sleep 0.05; echo > {harness.root}/x; done; exit 5'
+        )
         harness.until(lambda: b'"exited"' in (harness.job_directory(job_id) / "journal").read_bytes(), "the exit")
         os.kill(harness.supervisors(job_id)[0], signal.SIGKILL)
         info = harness.end(job_id)
@@ -397,8 +398,10 @@ print(won)
             harness.run("true")
         harness.cluster.close()
         harness.until(
-            lambda: not [each for each in psutil.Process().children() if each.status() == psutil.STATUS_ZOMBIE]
-            or harness.cluster.close(),
+            lambda: (
+                not [each for each in psutil.Process().children() if each.status() == psutil.STATUS_ZOMBIE]
+                or harness.cluster.close()
+            ),
             "no zombies",
         )
 

@@ -7,7 +7,8 @@ actors. Importing this loads the standard library only, and no backend.
 import pkgutil
 import sys
 
-if sys.version_info < (3, 11):  # a job's command may use any Python: this is said there, instead of a syntax error
+# A job's command may use any Python: it is told why, rather than shown a syntax error.
+if sys.version_info < (3, 11):  # noqa: UP036
     raise ImportError(
         "fray (and so get_job_context()) needs Python 3.11 or newer, and this is Python "
         + ".".join(map(str, sys.version_info[:3]))

@@ -30,12 +30,11 @@ Events, each with `time`: `supervised` (`pid`, `guard`), `started` (`attempt`, `
 """
 
 # Imports are what a runner costs: `os` and `signal` would double its start. These are what those two wrap.
+import _signal as signal
 import posix as os
 import select
 import sys
 import time
-
-import _signal as signal
 
 LINUX = sys.platform == "linux"
 CHUNK = 1 << 20

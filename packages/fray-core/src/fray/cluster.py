@@ -7,6 +7,7 @@ all of them keep are in `docs/contract.md`; `fray.testing` proves them.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from abc import ABC, abstractmethod
@@ -134,8 +135,8 @@ class ClusterContext(ABC):
                 if job_id is None:
                     continue  # another process made up the same id in the same nanosecond
                 if if_exists == "adopt":
-                    if self._retry(lambda: self._fingerprint(request.job_id)) == request.fingerprint:
-                        return request.job_id
+                    if self._retry(functools.partial(self._fingerprint, job_id)) == request.fingerprint:
+                        return job_id
                     raise JobExistsError(
                         f"job {job_id} exists on {self.spec} and is another: its entrypoint, environment, retries or "
                         "time limit differ; choose another job_id"

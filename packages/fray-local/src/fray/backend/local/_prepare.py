@@ -34,6 +34,7 @@ class Setup:
     journal_fd: int
     log_fd: int
     setup_log: str
+    not_before: float
     environment: EnvironmentPlan | None = None
     resources: dict[str, float] = field(default_factory=dict)
     ticket: str | None = None
@@ -66,7 +67,6 @@ class _Preparation:
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
         self._child: subprocess.Popen[bytes] | None = None
-        self._position = 0
 
     def run(self) -> None:
         setup = self._setup
@@ -156,9 +156,11 @@ class _Preparation:
         os.fsync(self._setup.journal_fd)
 
     def _write(self, event: dict[str, object]) -> None:
-        line = json.dumps({**event, "time": round(time.time(), 6)}).encode() + b"\n"
-        os.pwrite(self._setup.journal_fd, line, self._position)
-        self._position += len(line)
+        """Append an event behind the last one, which is looked up: a stop may have interrupted any statement."""
+        journal = self._setup.journal_fd
+        line = json.dumps({**event, "time": round(max(time.time(), self._setup.not_before), 6)}).encode() + b"\n"
+        written = os.pread(journal, os.fstat(journal).st_size, 0).split(b"\0", 1)[0]
+        os.pwrite(journal, line, len(written))
 
 
 def main(descriptor: int) -> None:

@@ -195,6 +195,7 @@ class SubprocessClusterContext(ClusterContext):
                         journal_fd=staged.journal_fd,
                         log_fd=staged.log_fd,
                         setup_log=str(paths.job(request.job_id).directory / "setup.log"),
+                        not_before=record.submission_time,
                         environment=details.environment if needs_environment else None,
                         resources={each.name: each.quantity for each in request.env.minimum_resources},
                         ticket=str(ticket.path) if ticket else None,
@@ -354,10 +355,7 @@ class SubprocessClusterContext(ClusterContext):
         variables = {name: value for name, value in os.environ.items() if name not in _JOB_VARIABLES}
         variables.setdefault("PYTHONUNBUFFERED", "1")  # a log that can be followed; the job's own env may undo it
         variables.update(request.env.env)
-        if environment:
-            first = [f"{environment.directory}/bin"]
-        else:
-            first = [str(_shims(paths.shims, self._python))]
+        first = [f"{environment.directory}/bin" if environment else str(_shims(paths.shims, self._python))]
         scripts = Path(self._python).absolute().parent
         if (scripts.parent / "pyvenv.cfg").exists():
             first.append(str(scripts))
@@ -375,7 +373,7 @@ class SubprocessClusterContext(ClusterContext):
 def _preparer_command(setup: int) -> list[str]:
     """The preparer sees the client's own modules, and nothing of the job's environment reaches into it."""
     program = (
-        f"import sys; sys.path[:] = {json.dumps(sys.path)}; from fray.backend.local._prepare import main; main({setup})"
+        f"import sys; sys.path[:] = {json.dumps([each for each in sys.path if each])}; from fray.backend.local._prepare import main; main({setup})"
     )
     return [sys.executable, "-I", "-c", program]
 
