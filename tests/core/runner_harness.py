@@ -125,7 +125,7 @@ def until(condition: Callable[[], Any], what: str) -> Any:
             return value
         if time.monotonic() > give_up:
             raise AssertionError(f"waited {DEADLINE_SECONDS:g} s in vain: {what}")
-        time.sleep(0.002)
+        time.sleep(0.005)
 
 
 def parse_journal(content: bytes) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 
 import pytest
 
@@ -70,11 +71,15 @@ def test_all_of_it_is_public() -> None:
     assert errors.__all__ == sorted(TREE)
 
 
-def test_the_modules_drawing_shows_all_of_it() -> None:
-    assert errors.__doc__
-    drawn = [line for line in errors.__doc__.splitlines() if "Error" in line]
-    for name, (_, python) in TREE.items():
-        assert [line for line in drawn if f"{name} ({python.__name__})" in line or (not python and name in line)], name
+def test_the_modules_drawing_is_the_tree() -> None:
+    drawn: dict[str, tuple[str, str | None]] = {}
+    above = ["Exception", "FrayError"]
+    for indent, name, python in re.findall(r"^((?:│   |    )*)[├└]── (\w+)(?: \((\w+)\))?", errors.__doc__ or "", re.M):
+        depth = len(indent) // 4 + 1
+        drawn[name] = (above[depth], python or None)
+        above[depth + 1 :] = [name]
+    tree = {name: (parent, python.__name__ if python else None) for name, (parent, python) in TREE.items()}
+    assert drawn == {name: place for name, place in tree.items() if name != "FrayError"}
 
 
 @pytest.mark.parametrize("name", PLAIN)

@@ -100,7 +100,9 @@ def test_all_public_names_can_be_imported_at_once() -> None:
 @pytest.mark.parametrize("module", ["fray", *LIGHT_MODULES])
 def test_importing_loads_the_standard_library_only(module: str) -> None:
     loaded = loaded_by(f"import {module}") - loaded_by("pass")
-    assert {name for name in loaded for heavy in NOT_AT_IMPORT if name == heavy or name.startswith(f"{heavy}.")} == set()
+    assert {
+        name for name in loaded for heavy in NOT_AT_IMPORT if name == heavy or name.startswith(f"{heavy}.")
+    } == set()
     assert {name for name in loaded if name.partition(".")[0] not in {*sys.stdlib_module_names, "fray"}} == set()
 
 

@@ -30,7 +30,7 @@ Events, each with `time`: `supervised` (`pid`, `guard`), `started` (`attempt`, `
 """
 
 # Imports are what a runner costs: `os` and `signal` would double its start. These are what those two wrap.
-import _signal as signal
+import _signal as signal  # type: ignore[import-not-found]
 import posix as os
 import select
 import sys
@@ -39,6 +39,8 @@ import time
 LINUX = sys.platform == "linux"
 CHUNK = 1 << 20
 LONGEST_RETRY_DELAY = 60.0
+# No single wait is longer, for poll counts milliseconds in 32 bits: whoever waits looks again.
+LONGEST_WAIT = 86400.0
 # An end that cannot be written (no space, a read-only disk) is tried again for this long before it is given up.
 JOURNAL_PATIENCE = 3600.0
 
@@ -46,13 +48,16 @@ JOURNAL_PATIENCE = 3600.0
 class Options:
     """The command line, checked."""
 
-    def __init__(self, arguments):
-        self.journal = self.output = self.directory = self.permit = None
-        self.grace, self.timeout = 10.0, None
-        self.retries, self.retry_delay = 0, 1.0
-        self.not_before = 0.0
-        self.handover = self.handover_timeout = None
-        self.hold = []
+    def __init__(self, arguments: "list[str]") -> None:
+        self.journal = self.output = self.command = ""
+        self.directory: "str | None" = None
+        self.permit: "str | None" = None
+        self.handover: "str | None" = None
+        self.handover_timeout: "float | None" = None
+        self.grace, self.retry_delay, self.not_before = 10.0, 1.0, 0.0
+        self.timeout: "float | None" = None
+        self.retries = 0
+        self.hold: "list[int]" = []
         self.detach = False
         arguments = list(arguments)
         while arguments and arguments[0] != "--":
@@ -69,9 +74,13 @@ class Options:
             elif name == "--hold":
                 self.hold.append(int(value))
             elif name == "--detach":
+                if value not in ("yes", "no"):
+                    raise ValueError("--detach is yes or no")
                 self.detach = value == "yes"
             else:
                 raise ValueError("unknown option " + name)
+        if self.handover not in (None, "stdin"):
+            raise ValueError("--handover is from stdin")
         if len(arguments) != 2 or not self.journal or not self.output:
             raise ValueError("usage: --journal TO --output TO [OPTION VALUE]... -- COMMAND")
         self.command = arguments[1]
@@ -80,28 +89,29 @@ class Options:
 class Clock:
     """Wall-clock times that only go forward, whatever is done to the machine's clock."""
 
-    def __init__(self, not_before):
+    def __init__(self, not_before: float) -> None:
         self._started = time.monotonic()
         self._epoch = max(time.time(), not_before)
 
-    def now(self):
+    def now(self) -> float:
         return self._epoch + time.monotonic() - self._started
 
 
 class Journal:
     """Appends events, each by one write, so that a reader sees a whole line or none."""
 
-    def __init__(self, where, clock):
+    def __init__(self, where: str, clock: Clock) -> None:
         self._clock = clock
         self._fd = open_fd(where, os.O_RDWR | os.O_CREAT)
+        self._end: "int | None" = None  # a pipe has none
         try:
             content = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
             # Behind the last whole line: past it are NULs, or what a predecessor could not finish.
             self._end = content.split(b"\0", 1)[0].rfind(b"\n") + 1
         except OSError:
-            self._end = None  # a pipe
+            pass
 
-    def write(self, event, must=False, **fields):
+    def write(self, event: str, must: bool = False, **fields: "str | int | None") -> None:
         """Append one event; one that `must` be there is tried again where there is no space for it."""
         line = '{"event":"%s","time":%.6f' % (event, self._clock.now())
         for name, value in fields.items():
@@ -121,7 +131,7 @@ class Journal:
                     sync(self._fd)
                 return
             except OSError as error:
-                if time.monotonic() >= give_up:
+                if isinstance(error, BrokenPipeError) or time.monotonic() >= give_up:
                     complain("cannot write to the journal: %s" % error)
                     return
                 time.sleep(1)
@@ -130,7 +140,7 @@ class Journal:
 class Output:
     """The one stream of the command's output, from a pipe to where it is kept."""
 
-    def __init__(self, where):
+    def __init__(self, where: str) -> None:
         self._to = open_fd(where, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         try:
             self.offset = os.fstat(self._to).st_size
@@ -140,7 +150,7 @@ class Output:
         os.set_blocking(self.read_end, False)
         self.dropped = 0
 
-    def pump(self, everything=False):
+    def pump(self, everything: bool = False) -> None:
         """Hand on what is there: one chunk, or all of it."""
         while True:
             try:
@@ -153,7 +163,7 @@ class Output:
             if not everything:
                 return
 
-    def _keep(self, data):
+    def _keep(self, data: bytes) -> None:
         while data:
             try:
                 written = os.write(self._to, data)
@@ -171,14 +181,14 @@ class Output:
 class Tree:
     """The processes that came of the command, found by descent, orphans included."""
 
-    def __init__(self, mine):
+    def __init__(self, mine: bytes) -> None:
         self._mine = mine
         self.is_init = os.getpid() == 1
         self.group = 0
         if LINUX:
             become_subreaper()
 
-    def signal(self, number):
+    def signal(self, number: int) -> None:
         """Send a signal to all; return those that could be asked (None where that is not known)."""
         if self.is_init:
             send(-1, number)
@@ -191,7 +201,9 @@ class Tree:
                 send(-self.group, signal.SIGCONT)
             return
         done = set()
-        for _ in range(20):  # until a pass finds nobody new: a tree that forks meanwhile is not missed
+        # Killing goes on until a pass finds nobody new: a tree that forks meanwhile is not missed. Asking does not: what
+        # a process starts in answer (to save its work, say) is not to be asked to end.
+        for _ in range(20 if number == signal.SIGKILL else 1):
             found = [pid for pid in self.members() if pid not in done]
             if not found:
                 return
@@ -200,9 +212,9 @@ class Tree:
                 send(pid, signal.SIGCONT)
                 done.add(pid)
 
-    def members(self):
+    def members(self) -> "list[int]":
         """The live descendants, without those that belong to another job submitted from inside this one."""
-        parents = {}
+        parents: "dict[int, list[int]]" = {}
         for name in os.listdir("/proc"):
             if name.isdigit():
                 state, parent = stat_of(name)
@@ -216,20 +228,20 @@ class Tree:
                     queue.append(pid)
         return found
 
-    def is_gone(self):
+    def is_gone(self) -> bool:
         """Reap what has ended, and say whether nothing is left."""
-        reap_others()
+        reap()
         if self.is_init or LINUX:
             if not has_children():
                 return True
             return not self.is_init and not self.members()
         return not self.group or not send(-self.group, 0)
 
-    def only_others_left(self):
+    def only_others_left(self) -> bool:
         """Whether all that is left belongs to users whose processes this one may not signal."""
         return LINUX and not self.is_init and not any(send(pid, 0) for pid in self.members())
 
-    def _is_foreign(self, pid):
+    def _is_foreign(self, pid: int) -> bool:
         try:
             environment = read_file("/proc/%d/environ" % pid)
         except OSError:
@@ -243,7 +255,7 @@ class Tree:
 class Runner:
     """One job: its attempts, and its end."""
 
-    def __init__(self, options, guard):
+    def __init__(self, options: Options, guard: "int | None") -> None:
         self.options = options
         self.clock = Clock(options.not_before)
         self.journal = Journal(options.journal, self.clock)
@@ -260,18 +272,20 @@ class Runner:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD))
         self.environment = dict(os.environ)
         self.tree = Tree(self.environment.get(b"FRAY_JOB_ID", b""))
-        self.deadline = None
-        self.exit_code = None
+        self.deadline: "float | None" = None
+        self.exit_code: "int | None" = None
         # Written before the permit is looked at: whoever takes the permit away afterwards finds whom to signal.
         self.journal.write("supervised", pid=os.getpid(), guard=guard)
 
-    def run(self):
+    def run(self) -> None:
         if self.options.handover and not self.take_over():
             if self.is_asked_to_stop():
                 return self.end("STOPPED_BY_USER")
             return self.end("LOST", "the submitting client went away before it had handed over the job's environment")
-        output = Output(self.options.output)
-        self.output = output
+        try:
+            output = self.output = Output(self.options.output)
+        except OSError as error:
+            return self.end("SETUP_FAILED", "cannot open the output: %s" % error)
         attempt, delay = 0, self.options.retry_delay
         while True:
             if self.is_asked_to_stop():
@@ -294,15 +308,16 @@ class Runner:
             self.sleep(delay)
             delay = min(delay * 2, LONGEST_RETRY_DELAY)
 
-    def take_over(self):
+    def take_over(self) -> bool:
         """Read the secrets and wait for the word to start; False where the client vanished before."""
         data, size = b"", None
         until = None if self.options.handover_timeout is None else time.monotonic() + self.options.handover_timeout
         while True:
-            left = None if until is None else max(0.0, until - time.monotonic())
+            left = None if until is None else until - time.monotonic()
             # Only a signal counts here: the permit may not be there before the client is done.
-            if not poll([0, self.wake], left) or self.asked:
+            if self.asked or (left is not None and left <= 0):
                 return False
+            poll([0, self.wake], left)
             self.clear_wake()
             if not poll([0], 0):
                 continue
@@ -310,27 +325,34 @@ class Runner:
             data += chunk
             if size is None and b"\n" in data:
                 head, data = data.split(b"\n", 1)
-                size = int(head)
+                size = int(head) if head.isdigit() else -1
             if not chunk:
                 break
         null = os.open("/dev/null", os.O_RDONLY)
         os.dup2(null, 0)
         if null:
             os.close(null)
-        if size is None or len(data) != size:
+        if len(data) != size:
             return False
         for entry in data.split(b"\0")[:-1]:
-            name, value = entry.split(b"=", 1)
+            name, is_pair, value = entry.partition(b"=")
+            if not is_pair:
+                return False
             self.environment[name] = value
         return True
 
-    def spawn(self, attempt):
+    def spawn(self, attempt: int) -> "tuple[int, str]":
         """Start the command; return its process id, or what went wrong."""
         environment = dict(self.environment)
         environment[b"FRAY_ATTEMPT"] = b"%d" % attempt
         report, report_end = os.pipe()
         supervisor = os.getpid()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            os.close(report)
+            os.close(report_end)
+            return 0, "cannot start a process for the command: %s" % error
         if pid == 0:
             step = "cannot start the command"
             try:
@@ -361,10 +383,12 @@ class Runner:
             os.waitpid(pid, 0)
         return pid, problem
 
-    def watch(self, pid, attempt, retry_in):
+    def watch(self, pid: int, attempt: int, retry_in: "float | None") -> "tuple[str | None, str]":
         """Follow one attempt until all of it is gone; return its reason, and what is to be said of it."""
-        reason = status = kill_at = None
-        killing = decided = False
+        reason: "str | None" = None
+        status: "int | None" = None
+        kill_at = 0.0
+        decided = asking = killing = False
         while True:
             if status is None:
                 status = reap(pid)
@@ -391,7 +415,8 @@ class Runner:
                 if status is not None and self.tree.is_gone():
                     self.output.pump(everything=True)
                     return reason, ""
-                if kill_at is None:
+                if not asking:
+                    asking = True
                     self.tree.signal(signal.SIGTERM)
                     kill_at = now + self.options.grace
                 elif now >= kill_at:
@@ -411,7 +436,7 @@ class Runner:
             if self.wake in ready:
                 self.clear_wake()
 
-    def reason_of(self, status):
+    def reason_of(self, status: int) -> "str | None":
         code = exit_code_of(status)
         if code == 0:
             return None
@@ -419,7 +444,7 @@ class Runner:
             return "OUT_OF_MEMORY"
         return "KILLED" if os.WIFSIGNALED(status) else "EXITED"
 
-    def write_exit(self, attempt, reason, retry_in):
+    def write_exit(self, attempt: int, reason: "str | None", retry_in: "float | None") -> None:
         self.journal.write(
             "exited",
             must=True,
@@ -429,7 +454,7 @@ class Runner:
             retry_in=None if retry_in is None else "%g" % retry_in,
         )
 
-    def sleep(self, seconds):
+    def sleep(self, seconds: float) -> None:
         """Wait between attempts; a stop or the time limit cuts it short."""
         until = time.monotonic() + seconds
         if self.deadline is not None:
@@ -441,7 +466,7 @@ class Runner:
             poll([self.wake], left)
             self.clear_wake()
 
-    def end(self, reason, message=""):
+    def end(self, reason: "str | None", message: str = "") -> None:
         dropped = getattr(getattr(self, "output", None), "dropped", 0)
         self.journal.write(
             "ended",
@@ -452,7 +477,7 @@ class Runner:
             message=message or None,
         )
 
-    def is_asked_to_stop(self):
+    def is_asked_to_stop(self) -> bool:
         if not self.asked and self.options.permit:
             try:
                 os.stat(self.options.permit)
@@ -462,40 +487,40 @@ class Runner:
                 pass  # a disk in trouble is no request to stop
         return self.asked
 
-    def clear_wake(self):
+    def clear_wake(self) -> None:
         try:
             while os.read(self.wake, 4096):
                 pass
         except BlockingIOError:
             pass
 
-    def _on_stop(self, number, frame):
+    def _on_stop(self, number: int, frame: object) -> None:
         self.asked = True
 
 
-def may_retry(reason, exit_code):
+def may_retry(reason: "str | None", exit_code: "int | None") -> bool:
     return reason in ("KILLED", "OUT_OF_MEMORY") or (reason == "EXITED" and exit_code not in (126, 127))
 
 
-def exit_code_of(status):
+def exit_code_of(status: int) -> int:
     return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
 
-def reap(pid):
-    """Return a child's wait status, or None while it runs."""
-    done, status = os.waitpid(pid, os.WNOHANG)
-    return status if done else None
-
-
-def reap_others():
+def reap(pid: int = 0) -> "int | None":
+    """Reap all that have ended, orphans too; return the wait status of `pid` if it is among them."""
+    found = None
     try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+        while True:
+            done, status = os.waitpid(-1, os.WNOHANG)
+            if not done:
+                return found
+            if done == pid:
+                found = status
     except ChildProcessError:
-        pass
+        return found
 
 
-def has_children():
+def has_children() -> bool:
     try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
@@ -503,7 +528,7 @@ def has_children():
     return True
 
 
-def send(pid, number):
+def send(pid: int, number: int) -> bool:
     """Signal; return whether that could be done."""
     try:
         os.kill(pid, number)
@@ -512,15 +537,15 @@ def send(pid, number):
     return True
 
 
-def poll(fds, seconds):
+def poll(fds: "list[int]", seconds: "float | None") -> "list[int]":
     """Wait until one of `fds` can be read (or is closed); return those."""
     waiter = select.poll()
     for fd in fds:
         waiter.register(fd, select.POLLIN)
-    return [fd for fd, _ in waiter.poll(None if seconds is None else int(seconds * 1000) + 1)]
+    return [fd for fd, _ in waiter.poll(None if seconds is None else int(min(seconds, LONGEST_WAIT) * 1000) + 1)]
 
 
-def open_fd(where, flags):
+def open_fd(where: str, flags: int) -> int:
     if where.startswith("fd:"):
         fd = int(where[3:])
         os.set_inheritable(fd, False)
@@ -528,7 +553,7 @@ def open_fd(where, flags):
     return os.open(where, flags | os.O_CLOEXEC, 0o600)
 
 
-def read_file(path):
+def read_file(path: str) -> bytes:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         content = b""
@@ -541,23 +566,26 @@ def read_file(path):
         os.close(fd)
 
 
-def stat_of(pid):
-    """Return a process's state and parent; empty strings where it has gone."""
+def stat_of(pid: str) -> "tuple[str, int]":
+    """Return a process's state ("" where it has gone) and parent."""
     try:
         after_name = read_file("/proc/%s/stat" % pid).rsplit(b")", 1)[1].split()
     except (OSError, IndexError):
         return "", 0
-    return after_name[0].decode(), int(after_name[1])
+    state = after_name[0].decode()
+    if state == "Z" and int(after_name[17]) > 1:
+        state = "S"  # only its first thread has ended: the others live on
+    return state, int(after_name[1])
 
 
-def sync(fd):
+def sync(fd: int) -> None:
     try:
         os.fsync(fd)
     except OSError:
         pass  # a pipe, or a file system without it
 
 
-def quote(text):
+def quote(text: str) -> str:
     """A JSON string, without the json module."""
     out = '"'
     for character in text:
@@ -574,11 +602,11 @@ def quote(text):
     return out + '"'
 
 
-def prctl(option, value):
+def prctl(option: int, value: int) -> None:
     try:
         import _ctypes
 
-        function = _ctypes.dlsym(_ctypes.dlopen(None, 2), "prctl")
+        function = _ctypes.dlsym(_ctypes.dlopen(None, 2), "prctl")  # type: ignore[arg-type]
         _ctypes.call_function(function, (option, value, 0, 0, 0))
     except (ImportError, AttributeError, OSError):
         import ctypes  # the documented way, at several times the cost
@@ -586,11 +614,11 @@ def prctl(option, value):
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-def become_subreaper():
+def become_subreaper() -> None:
     prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
 
 
-def count_oom_kills():
+def count_oom_kills() -> int:
     """How often the kernel killed for lack of memory: in this cgroup where it says, else on the machine."""
     if not LINUX:
         return 0
@@ -604,7 +632,7 @@ def count_oom_kills():
     return 0
 
 
-def oom_counters():
+def oom_counters() -> "list[tuple[str, bytes]]":
     found = []
     try:
         for line in read_file("/proc/self/cgroup").decode("utf-8", "replace").splitlines():
@@ -619,14 +647,14 @@ def oom_counters():
     return found
 
 
-def complain(text):
+def complain(text: str) -> None:
     try:
         os.write(2, ("fray runner: %s\n" % text).encode("utf-8", "replace"))
     except OSError:
         pass
 
 
-def detach():
+def detach() -> int:
     """Leave the caller behind, and put a guard above the runner; return the guard's process id, in the runner.
 
     The guard does nothing until the runner dies without having ended its job: then, as the next subreaper up, it
@@ -658,7 +686,7 @@ def detach():
     os._exit(0)
 
 
-def main():
+def main() -> None:
     try:
         options = Options(sys.argv[1:])
     except ValueError as error:

@@ -41,19 +41,21 @@ MASK = "***"
 # Linux takes no single argument or environment string above 128 KiB (MAX_ARG_STRLEN, its NUL included).
 _STRING_LIMIT_BYTES = 131_071
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_EXTRA_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _SENSITIVE_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS)$", re.IGNORECASE)
-# Dependency specifiers (packaging.python.org, "Dependency specifiers"): the shape, not the marker's grammar.
-_VERSION_CLAUSE = r"(?:===\s*[^\s,;()]+|(?:~=|==|!=|<=|>=|<|>)\s*[A-Za-z0-9.*+!_-]+)"
-_REQUIREMENT = re.compile(
-    rf"""\s*[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?\s*             # name
-    (?:\[\s*(?:[A-Za-z0-9._-]+\s*(?:,\s*[A-Za-z0-9._-]+\s*)*)?\]\s*)?  # extras
-    (?:@\s*[A-Za-z][A-Za-z0-9+.-]*:\S+(?:\s+(?=;))?                   # a URL
-      |\(\s*{_VERSION_CLAUSE}(?:\s*,\s*{_VERSION_CLAUSE})*\s*\)       # versions in parentheses
-      |{_VERSION_CLAUSE}(?:\s*,\s*{_VERSION_CLAUSE})*\s*,?)?          # versions
-    \s*(?:;\s*\S.*)?                                                  # marker
-    """,
-    re.VERBOSE,
+# Dependency specifiers (packaging.python.org, "Dependency specifiers"): the shape, not the grammar of versions and
+# markers. No line break is white space here: a requirement becomes a line of a file that takes options too. Compiled
+# by its first use: that takes milliseconds.
+_GAP = r"[ \t]*"
+_VERSION = r"[vV]?[0-9][A-Za-z0-9.!+_-]*"
+_VERSION_CLAUSE = rf"(?:==={_GAP}[^\s,;()]+|(?:==|!=){_GAP}{_VERSION}(?:\.\*)?|(?:~=|<=|>=|<|>){_GAP}{_VERSION})"
+_VERSIONS = rf"{_VERSION_CLAUSE}(?:{_GAP},{_GAP}{_VERSION_CLAUSE})*{_GAP}"
+_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"  # of a distribution, and of an extra
+_REQUIREMENT = (
+    rf"{_GAP}{_NAME}{_GAP}"
+    rf"(?:\[{_GAP}(?:{_NAME}{_GAP}(?:,{_GAP}{_NAME}{_GAP})*)?\]{_GAP})?"
+    rf"(?:@{_GAP}[A-Za-z][A-Za-z0-9+.-]*:\S+(?:[ \t]+(?=;))?"  # a URL, whose own end is white space
+    rf"|\({_GAP}{_VERSIONS}\)|{_VERSIONS},?)?"
+    rf"{_GAP}(?:;{_GAP}\S[^\r\n\v\f]*)?"
 )
 
 
@@ -154,7 +156,7 @@ class RuntimeEnv:
         for requirement in requirements:
             if not requirement.strip():
                 raise InvalidValueError("package_requirements cannot contain empty strings")
-            if not _REQUIREMENT.fullmatch(requirement):
+            if not re.fullmatch(_REQUIREMENT, requirement):
                 raise InvalidValueError(
                     f"package_requirements: {requirement!r} is no PEP 508 requirement; write 'name', 'name>=1.2', "
                     "'name[extra]' or 'name @ file:///absolute/path' (options of pip are not requirements)"
@@ -173,11 +175,12 @@ class RuntimeEnv:
         secrets = _variables("secrets", self.secrets)
         for name in env.keys() & secrets.keys():
             raise InvalidValueError(f"{name} is in both env and secrets: give it in one of them")
-        for pattern in _strings("excludes", self.excludes):
+        excludes, extras = _strings("excludes", self.excludes), _strings("extras", self.extras)
+        for pattern in excludes:
             if not pattern.strip():
                 raise InvalidValueError("excludes cannot contain empty strings")
-        for extra in _strings("extras", self.extras):
-            if not _EXTRA_NAME.fullmatch(extra):
+        for extra in extras:
+            if not re.fullmatch(_NAME, extra):
                 raise InvalidValueError(f"extras: {extra!r} is not the name of an extra")
         if self.container_image is not None:
             _check_string("container_image", self.container_image)
@@ -191,8 +194,8 @@ class RuntimeEnv:
         set_field(self, "env", env)
         set_field(self, "secrets", secrets)
         set_field(self, "working_dir", _directory("working_dir", self.working_dir))
-        set_field(self, "excludes", list(self.excludes))
-        set_field(self, "extras", list(self.extras))
+        set_field(self, "excludes", excludes)
+        set_field(self, "extras", extras)
 
     def masked(self) -> dict[str, Any]:
         """Return the fields that are set, as plain values, with every value that is not to be shown masked."""

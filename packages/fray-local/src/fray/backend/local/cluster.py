@@ -372,9 +372,8 @@ class SubprocessClusterContext(ClusterContext):
 
 def _preparer_command(setup: int) -> list[str]:
     """The preparer sees the client's own modules, and nothing of the job's environment reaches into it."""
-    program = (
-        f"import sys; sys.path[:] = {json.dumps([each for each in sys.path if each])}; from fray.backend.local._prepare import main; main({setup})"
-    )
+    paths = json.dumps([each for each in sys.path if each])
+    program = f"import sys; sys.path[:] = {paths}; from fray.backend.local._prepare import main; main({setup})"
     return [sys.executable, "-I", "-c", program]
 
 
