@@ -19,10 +19,12 @@ runner in another language can take its place. It inherits the command's environ
 | `--retries` | how many more attempts a failing command gets (0) |
 | `--retry-delay` | seconds before the second attempt, doubling to 60 (1) |
 | `--not-before` | the submission time, in seconds since the epoch: a clock stepped back reports no earlier time |
-| `--handover` | `stdin`: read secrets from standard input (the count of bytes, a newline, NAME=VALUE pairs each ended by a NUL), then wait for its end, at which the job may start |
+| `--handover` | `stdin`: read secrets from there, then wait for its end, at which the job may start (below) |
 | `--handover-timeout` | seconds that this may take |
 | `--hold` | a file descriptor kept open until the last of the tree is gone (a lock, say) |
 | `--detach` | `yes`: outlive the caller, under a guard that cleans up if the runner itself is killed |
+
+The handover is the count of bytes, a newline, and NAME=VALUE pairs each ended by a NUL.
 
 Events, each with `time`: `supervised` (`pid`, `guard`), `started` (`attempt`, `pid`, `offset`), `exited` (`attempt`,
 `exit_code`, `reason`, `retry_in` where another attempt follows), `stopping`, `ended` (`reason`, `exit_code`,
@@ -201,8 +203,8 @@ class Tree:
                 send(-self.group, signal.SIGCONT)
             return
         done = set()
-        # Killing goes on until a pass finds nobody new: a tree that forks meanwhile is not missed. Asking does not: what
-        # a process starts in answer (to save its work, say) is not to be asked to end.
+        # Killing goes on until a pass finds nobody new: a tree that forks meanwhile is not missed. Asking does not:
+        # what is started in answer (to save some work, say) is not to be asked to end.
         for _ in range(20 if number == signal.SIGKILL else 1):
             found = [pid for pid in self.members() if pid not in done]
             if not found:
@@ -667,6 +669,7 @@ def detach() -> int:
     guard = os.getpid()
     signals = (signal.SIGTERM, signal.SIGINT)
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as a caller may have it, it leaves nothing to wait for
     tree = Tree(os.environ.get(b"FRAY_JOB_ID", b""))
     runner = os.fork()
     if not runner:

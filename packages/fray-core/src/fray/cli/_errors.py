@@ -115,7 +115,8 @@ def _report(error: Exception, plain: dict[str, str], exit_code: int, as_json: bo
 
 def _in_words(error: Exception) -> str:
     """Return the message of an error in the command line, and where help is."""
-    message: str = error.format_message() if hasattr(error, "format_message") else str(error)
+    in_words = getattr(error, "format_message", error.__str__)
+    message: str = in_words()
     context = getattr(error, "ctx", None)
     message = message.rstrip(".")
     return f"{message} (see `{context.command_path} --help`)" if context is not None else message

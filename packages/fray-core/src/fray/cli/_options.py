@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Concatenate, ParamSpec, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -17,7 +17,6 @@ from fray.cluster import ClusterContext
 __all__ = ["Shared", "connect", "takes"]
 
 Group = TypeVar("Group")
-P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -62,14 +61,14 @@ def connect(shared: Shared, *, python: str | None = None, submits: bool = False)
 
 def takes(
     *groups: Callable[..., Any],
-) -> Callable[[Callable[Concatenate[Shared, P], int | None]], Callable[..., int]]:
+) -> Callable[[Callable[..., int | None]], Callable[..., int]]:
     """Make a command of a function: add the options that all share, and those of `groups`, and report its errors.
 
     The function's first argument is the `Shared`, the next ones are what each group makes of its options; what
     follows are the command's own parameters.
     """
 
-    def decorate(function: Callable[Concatenate[Shared, P], int | None]) -> Callable[..., int]:
+    def decorate(function: Callable[..., int | None]) -> Callable[..., int]:
         of_groups = [inspect.signature(group, eval_str=True).parameters for group in groups]
         of_all = inspect.signature(_shared, eval_str=True).parameters
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1 + len(groups) :]

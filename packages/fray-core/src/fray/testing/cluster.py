@@ -675,7 +675,7 @@ cluster.purge_job(job_id)
     @cites(10)
     def test_an_enclosing_jobs_variables_are_replaced(self, harness: ClusterHarness) -> None:
         names = ("FRAY_JOB_ID", "FRAY_ATTEMPT", "FRAY_OUTPUT_DIR", "FRAY_JOB_CONTEXT", "FRAY_CLUSTER")
-        outer = dict.fromkeys(names, "/outer")
+        outer: dict[str, str] = dict.fromkeys(names, "/outer")
         program = "print(cluster.create_job('env | grep ^FRAY_'))"
         job_id = harness.in_fresh_process(program, variables=outer)
         harness.end(job_id)
