@@ -43,14 +43,16 @@ def main() -> int:
     )
     rows = [name for name in _ROWS if not options.only or name in options.only]
     comparisons: list[Comparison] = []
-    begin = time.perf_counter()
+    took: dict[str, float] = {}
     try:
         for name in rows:
+            row_begin = time.perf_counter()
             comparisons += _ROWS[name](settings)
+            took[name] = round(time.perf_counter() - row_begin, 1)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     chosen = {"rows": rows, "rounds": options.rounds, "quick": options.quick, "seed": options.seed}
-    document = as_document(comparisons, machine, chosen, time.perf_counter() - begin)
+    document = as_document(comparisons, machine, chosen, took)
     save(document, options.output)
     print_table(comparisons, machine)
     missed = [each for each in comparisons if each.is_missed]

@@ -57,7 +57,7 @@ def measure_many(settings: Settings) -> list[Comparison]:
         sides = [Side("fray", lambda: clock(run_all)), Side(floor, lambda: clock(lambda: _bare_supervisors(count)))]
         peers, problem = _peers(stack, settings, {"torchx": 3})
         sides += [Side(peer.name, lambda peer=peer: peer.measure(count), every) for peer, every in peers]  # type: ignore[misc]
-        found = interleave("many", sides, settings.rounds(9), settings.seed)
+        found = interleave("many", sides, settings.rounds(7), settings.seed)
     what = f"{count} jobs at once, all known terminal"
     first = compare("many", what, found["fray"], floor, found[floor], kind="ratio", bar=2.0)
     return [first, *_against_peers("many", what, found, problem, names=("torchx",))]

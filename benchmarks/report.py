@@ -36,12 +36,15 @@ def machine_facts() -> dict[str, object]:
 
 
 def as_document(
-    comparisons: Sequence[Comparison], machine: Mapping[str, object], settings: Mapping[str, object], seconds: float
+    comparisons: Sequence[Comparison],
+    machine: Mapping[str, object],
+    settings: Mapping[str, object],
+    took: Mapping[str, float],
 ) -> dict[str, object]:
     """Return all of it as what JSON can hold."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "took_seconds": round(seconds, 1),
+        "took_seconds": dict(took),
         "versions": {"fray-core": version("fray-core"), "uv": version("uv"), **peer_versions()},
         "machine": dict(machine),
         "settings": dict(settings),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import py_compile
 import shlex
 import shutil
 import threading
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from fray.backend.local import SubprocessClusterContext
+from fray.backend.local._launch import _compiled_runner
 from fray.backend.local._store import Store
 from fray.cluster import Capabilities, ClusterContext, JobPlan, JobRequest
 from fray.errors import JobExistsError, JobNotFoundError, SubmissionError, WaitTimeoutError
@@ -60,12 +62,28 @@ class Local(SubprocessClusterContext):
 
     runner_edits: ClassVar[dict[str, str]] = {}
 
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        if self.runner_edits:
+            source = runner_source().read_text()
+            for old, new in self.runner_edits.items():
+                assert old in source, f"the runner has changed: {old!r} is not in it"
+                source = source.replace(old, new)
+            edited = self._store.paths.runners / f"edited-{os.getpid()}.py"
+            edited.write_text(source)
+            # In the place of the sound one, of which every store has a compiled copy of its own.
+            py_compile.compile(str(edited), _compiled_runner(self._store.paths.runners), doraise=True)
+
     def __init_subclass__(cls) -> None:
         cls.name = cls.__name__
 
     def _asked(self, request: JobRequest) -> JobRequest:
         """What is made of a request."""
         return request
+
+    def _begun_with(self, request: JobRequest, commands: str) -> JobRequest:
+        """A request whose command finds what some other commands did to its environment."""
+        return replace(request, entrypoint=f"{commands}\n{request.entrypoint}")
 
     def _told(self, info: JobInfo) -> JobInfo:
         """What is made of a record."""
@@ -82,17 +100,6 @@ class Local(SubprocessClusterContext):
 
     def _wait(self, job_id, deadline):
         return self._told(super()._wait(job_id, deadline))
-
-    def _runner_command(self, request, staged, permit, hold, *, detach):
-        command = super()._runner_command(request, staged, permit, hold, detach=detach)
-        if self.runner_edits:
-            source = runner_source().read_text()
-            for old, new in self.runner_edits.items():
-                assert old in source, f"the runner has changed: {old!r} is not in it"
-                source = source.replace(old, new)
-            command[3] = str(self._store.paths.runners / f"{self.name}.py")
-            Path(command[3]).write_text(source)
-        return command
 
 
 class Sound(Local):
@@ -657,54 +664,47 @@ class LooksBeforeItSubmits(Local):
 
 @caught_by("test_a_job_sees_its_variables")
 class LosesEmptyVariables(Local):
-    def _job_environment(self, request, environment):
-        return {name: value for name, value in super()._job_environment(request, environment).items() if value}
+    def _asked(self, request):
+        kept = {name: value for name, value in request.env.env.items() if value}
+        return replace(request, env=replace(request.env, env=kept))
 
 
 @caught_by("test_a_job_sees_its_variables")
 class DoesNotCountAttempts(Local):
     def _asked(self, request):
-        return replace(request, entrypoint=f"unset FRAY_ATTEMPT; {request.entrypoint}")
+        return self._begun_with(request, "unset FRAY_ATTEMPT")
 
 
 @caught_by("test_a_job_sees_its_variables")
 class WritesVariablesWithoutQuotes(Local):
     def _asked(self, request):
-        exports = "".join(f'export {name}="{value}"\n' for name, value in request.env.env.items())
-        return replace(request, entrypoint=exports + request.entrypoint)
-
-
-class WithoutAVariable(Local):
-    missing: ClassVar[str]
-
-    def _job_environment(self, request, environment):
-        variables = super()._job_environment(request, environment)
-        del variables[self.missing]
-        return variables
+        exports = [f'export {name}="{value}"' for name, value in request.env.env.items()]
+        return self._begun_with(request, "\n".join(exports))
 
 
 @caught_by("test_a_job_sees_frays_own_variables")
-class NamesNoJobContext(WithoutAVariable):
-    missing = "FRAY_JOB_CONTEXT"
+class NamesNoJobContext(Local):
+    def _asked(self, request):
+        return self._begun_with(request, "unset FRAY_JOB_CONTEXT")
 
 
 @caught_by("test_a_job_sees_frays_own_variables")
-class NamesNoCluster(WithoutAVariable):
-    missing = "FRAY_CLUSTER"
+class NamesNoCluster(Local):
+    def _asked(self, request):
+        return self._begun_with(request, "unset FRAY_CLUSTER")
 
 
 @caught_by("test_an_enclosing_jobs_variables_are_replaced")
 class HandsOnTheOuterJobsVariables(Local):
-    def _job_environment(self, request, environment):
-        outer = {name: value for name, value in os.environ.items() if name.startswith("FRAY_")}
-        return {**super()._job_environment(request, environment), **outer}
+    def _asked(self, request):
+        outer = [f"{name}={shlex.quote(value)}" for name, value in os.environ.items() if name.startswith("FRAY_")]
+        return self._begun_with(request, f"export {' '.join(outer)}")
 
 
 @caught_by("test_a_job_reaches_its_cluster_or_is_told_why_not")
 class NamesAnotherCluster(Local):
-    def _job_environment(self, request, environment):
-        variables = super()._job_environment(request, environment)
-        return {**variables, "FRAY_CLUSTER": f"{self.name}:{variables['FRAY_OUTPUT_DIR']}/elsewhere"}
+    def _asked(self, request):
+        return self._begun_with(request, 'export FRAY_CLUSTER="$FRAY_CLUSTER/elsewhere"')
 
 
 @caught_by("test_a_nested_job_outlives_the_job_that_made_it")
@@ -911,43 +911,30 @@ class TakesLists(Local):
 # 15: Fray in the job
 
 
-class ChangesFrayInTheJob(Local):
-    def _light_part(self, directory: Path) -> str:
-        raise NotImplementedError
-
-    def _job_environment(self, request, environment):
-        variables = super()._job_environment(request, environment)
-        light, *rest = variables["PYTHONPATH"].split(os.pathsep)
-        return {**variables, "PYTHONPATH": os.pathsep.join([self._light_part(Path(light)), *rest])}
+# Before the command sees it, the part of Fray that came with the job (first on its path) makes way for a copy.
+COPY_FRAY = """
+copy="$FRAY_OUTPUT_DIR/fray"
+cp -R "${PYTHONPATH%%:*}" "$copy"
+export PYTHONPATH="$copy:${PYTHONPATH#*:}"
+"""
 
 
 @caught_by("test_a_job_has_its_context", bare_python=True)
-class LeavesFrayBehind(ChangesFrayInTheJob):
-    def _light_part(self, directory):
-        return str(directory / "not there")
-
-
-class ChangesACopyOfFray(ChangesFrayInTheJob):
-    def _light_part(self, directory):
-        copy = directory.with_name(f"{directory.name}-{self.name}")
-        shutil.copytree(directory, copy, dirs_exist_ok=True)
-        self._change(next(copy.glob("*.dist-info")))
-        return str(copy)
-
-    def _change(self, dist_info: Path) -> None:
-        raise NotImplementedError
+class LeavesFrayBehind(Local):
+    def _asked(self, request):
+        return self._begun_with(request, 'export PYTHONPATH="${PYTHONPATH#*:}"')
 
 
 @caught_by("test_a_job_has_its_context", bare_python=True)
-class ShipsNoDistInfo(ChangesACopyOfFray):
-    def _change(self, dist_info):
-        shutil.rmtree(dist_info)
+class ShipsNoDistInfo(Local):
+    def _asked(self, request):
+        return self._begun_with(request, f'{COPY_FRAY}rm -R "$copy"/*.dist-info')
 
 
 @caught_by("test_a_job_has_its_context")
-class ShipsAnotherVersionOfFray(ChangesACopyOfFray):
-    def _change(self, dist_info):
-        (dist_info / "METADATA").write_text("Metadata-Version: 2.1\nName: fray-core\nVersion: 0.0.1\n")
+class ShipsAnotherVersionOfFray(Local):
+    def _asked(self, request):
+        return self._begun_with(request, f"{COPY_FRAY}sed -i 's/^Version: .*/Version: 0.0.1/' \"$copy\"/*/METADATA")
 
 
 def write_distribution(directory: Path) -> None:

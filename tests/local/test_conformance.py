@@ -7,6 +7,3 @@ from fray.testing import ClusterConformance
 
 class TestLocalConformance(ClusterConformance):
     """All checks of the public suite; the fixture `harness` is in conftest.py."""
-
-    # The suite's own placeholder would shadow the fixture of conftest.py.
-    harness = None

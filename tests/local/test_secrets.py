@@ -65,9 +65,14 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_sdk_shows_a_secret_nowhere(
-    home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    home: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("PASSPHRASE", "what the caller has under that name")
     env = RuntimeEnv(
         [make_wheel(tmp_path / "w", "tinypkg")],
         [fray.Resource("CPU", 1)],
@@ -105,7 +110,17 @@ def test_the_command_shows_a_secret_nowhere(home: Path, tmp_path: Path) -> None:
     variables = {**os.environ, "PASSPHRASE": SECRET}
     commands = [
         ["run", "--debug", "--secret", "PASSPHRASE", "--", 'test "$PASSPHRASE"'],
-        ["run", "--debug", "--json", "--secret-file", f"OTHER={file}", "--job-id", "one", "--", 'test "$OTHER"; exit 3'],
+        [
+            "run",
+            "--debug",
+            "--json",
+            "--secret-file",
+            f"OTHER={file}",
+            "--job-id",
+            "one",
+            "--",
+            'test "$OTHER"; exit 3',
+        ],
         ["run", "--debug", "--secret-file", f"OTHER={file}", "--job-id", "one", "--", "another"],
         ["plan", "--debug", "--secret", "PASSPHRASE", "--", "true"],
         ["run", "--debug", "--secret", f"PASSPHRASE={SECRET}", "--", "true"],
@@ -130,3 +145,21 @@ def test_the_command_shows_a_secret_nowhere(home: Path, tmp_path: Path) -> None:
     # The user's own environment is handed to a local job, so it is the files and the arguments that count.
     assert _files_with_secret(home, tmp_path) == []
     assert _arguments_with_secret() == []
+
+
+def test_an_exported_secret_reaches_the_command_and_not_its_supervisors(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PASSPHRASE", SECRET)
+    with fray.connect("local", grace_seconds=1) as cluster:
+        env = RuntimeEnv(secrets={"PASSPHRASE": SECRET})
+        job_id = cluster.create_job('echo ready; test "$PASSPHRASE" && sleep 600 & wait', env)
+        assert next(cluster.stream_logs(job_id)) == "ready"
+        own = psutil.Process().name()
+        assert _processes_with_secret() - {own} <= {"sh", "sleep", "dash", "bash"}
+        runners = [each for each in psutil.process_iter() if job_id in str(each.environ().get("FRAY_JOB_ID"))]
+        with_it = [each.name() for each in runners if SECRET in each.environ().values()]
+        assert with_it
+        assert not [name for name in with_it if name.startswith("python")]
+        cluster.delete_job(job_id)
+        cluster.wait(job_id, 60)

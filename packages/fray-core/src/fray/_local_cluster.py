@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from fray._local_tpu import run_on_local_hosts
 from fray.cluster import Capabilities, ClusterContext, JobPlan, JobRequest
 from fray.errors import JobNotFoundError, UnsupportedError
 from fray.types import JobInfo, JobStatus, RuntimeEnv, TpuRunConfig
@@ -27,6 +26,8 @@ class LocalClusterContext(ClusterContext):
         self, fn: Callable[..., Any], config: TpuRunConfig, runtime_env: RuntimeEnv | None = None
     ) -> list[Any]:
         """Call `fn(ctx)` once per host, in threads that start in host order; see `ClusterContext.run_on_tpu`."""
+        from fray._local_tpu import run_on_local_hosts  # not worth its time to those who never ask for it
+
         return run_on_local_hosts(fn, config, runtime_env)
 
     def _plan(self, request: JobRequest) -> JobPlan:

@@ -113,12 +113,12 @@ class Journal:
         except OSError:
             pass
 
-    def write(self, event: str, must: bool = False, **fields: "str | int | None") -> None:
+    def write(self, event: str, must: bool = False, **fields: "str | float | None") -> None:
         """Append one event; one that `must` be there is tried again where there is no space for it."""
         line = '{"event":"%s","time":%.6f' % (event, self._clock.now())
         for name, value in fields.items():
             if value is not None:
-                line += ',"%s":%s' % (name, value if isinstance(value, int) else quote(value))
+                line += ',"%s":%s' % (name, quote(value) if isinstance(value, str) else value)
         data = (line + "}\n").encode("ascii")
         give_up = time.monotonic() + (JOURNAL_PATIENCE if must else 0)
         while True:
@@ -191,7 +191,7 @@ class Tree:
             become_subreaper()
 
     def signal(self, number: int) -> None:
-        """Send a signal to all; return those that could be asked (None where that is not known)."""
+        """Send a signal to all of them."""
         if self.is_init:
             send(-1, number)
             send(-1, signal.SIGCONT)
@@ -447,13 +447,13 @@ class Runner:
         return "KILLED" if os.WIFSIGNALED(status) else "EXITED"
 
     def write_exit(self, attempt: int, reason: "str | None", retry_in: "float | None") -> None:
+        # Not at all costs: while it waited for space nobody would look after the job, and `ended` says it again.
         self.journal.write(
             "exited",
-            must=True,
             attempt=attempt,
             exit_code=self.exit_code,
             reason=reason,
-            retry_in=None if retry_in is None else "%g" % retry_in,
+            retry_in=retry_in,
         )
 
     def sleep(self, seconds: float) -> None:
@@ -680,7 +680,6 @@ def detach() -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     os.close(0)
     status = os.waitpid(runner, 0)[1]
-    tree.group = runner
     while status and not tree.is_gone():
         tree.signal(signal.SIGKILL)
         if tree.only_others_left():

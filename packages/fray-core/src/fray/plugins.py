@@ -198,9 +198,10 @@ def _not_found(group: str, name: str, configured: tuple[str, ...]) -> BackendNot
 def _check_options(name: str, backend: type[ClusterContext], options: dict[str, Any]) -> None:
     import inspect
 
-    # The default connect() hands its options to the constructor, so that is whose parameters count.
-    overridden = "connect" in vars(backend)
-    parameters = inspect.signature(backend.connect if overridden else backend).parameters
+    # A connect() that takes any option hands them to the constructor, as the default does: its parameters count.
+    parameters = inspect.signature(backend.connect).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        parameters = inspect.signature(backend).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
     known = sorted(option for option in parameters if option != "address")

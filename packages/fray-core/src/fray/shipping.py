@@ -46,16 +46,11 @@ def write_light_part(parent: Path) -> Path:
 
     Safe against others doing the same at once, and against being killed on the way.
     """
-    files = light_part()
-    digest = hashlib.sha256()
-    for name, content in sorted(files.items()):
-        digest.update(f"{name}\0{len(content)}\0".encode())
-        digest.update(content)
-    directory = parent / digest.hexdigest()[:24]
+    directory = parent / _digest()
     if directory.is_dir():
         return directory
     staging = parent / f".{secrets.token_hex(8)}"
-    for name, content in files.items():
+    for name, content in light_part().items():
         (staging / name).parent.mkdir(parents=True, exist_ok=True)
         (staging / name).write_bytes(content)
     try:
@@ -67,3 +62,12 @@ def write_light_part(parent: Path) -> Path:
 
         shutil.rmtree(staging)  # somebody else was first with the same
     return directory
+
+
+@cache
+def _digest() -> str:
+    digest = hashlib.sha256()
+    for name, content in sorted(light_part().items()):
+        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()[:24]

@@ -42,7 +42,7 @@ Exit codes:
     2    the command line, or what it asks for, cannot be right
     69   the cluster cannot be reached, or failed
     124  wait: the time was over, the job goes on
-    130  interrupted; run: left by a second Ctrl-C, the job goes on
+    130  interrupted; run: left by a second Ctrl-C while the job stops
     141  nobody reads the output any more
 
 With --json standard output has exactly one JSON document, also for an

@@ -32,7 +32,7 @@ def run(
     """Run a job here and now.
 
     Submits it, follows its output and exits with its exit code. Ctrl-C asks the job to stop and shows how it ends; a
-    second one leaves it running and returns.
+    second one returns at once and leaves it to stop by itself.
     """
     with connect(shared, python=what.python, submits=True) as cluster, Progress() as progress:
         if fetch is not None:

@@ -217,12 +217,7 @@ _LINGER = "i=0; while [ $i -lt 6 ]; do sleep 0.05; i=$((i+1)); done"
 
 
 class ClusterConformance:
-    """The suite; subclass it with a fixture `harness`."""
-
-    @pytest.fixture
-    def harness(self) -> ClusterHarness:
-        """Give the harness of the backend under test."""
-        raise NotImplementedError("override the fixture harness")
+    """The suite: subclass it where a fixture `harness` gives the `ClusterHarness` of the backend under test."""
 
     # 1: acceptance
 

@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import psutil
+from fray.backend.local._files import is_locked, write_all
 
-from fray.backend.local._store import is_locked, write_all
-from fray.types import Resource
+if TYPE_CHECKING:
+    from fray.types import Resource
 
 __all__ = ["KNOWN_RESOURCES", "Ticket", "draw_ticket", "machine_resources", "wait_for_admission"]
 
@@ -38,7 +39,8 @@ class Ticket:
 def machine_resources() -> dict[str, float]:
     """Return what this machine has to give; a kind that cannot be counted here is not in it."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    found: dict[str, float] = {"CPU": cores, "memory": psutil.virtual_memory().total}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found: dict[str, float] = {"CPU": cores, "memory": memory}
     if Path("/proc").is_dir():  # Linux: the driver lists the devices that there are
         gpus = Path("/proc/driver/nvidia/gpus")
         found["GPU"] = len(list(gpus.iterdir())) if gpus.is_dir() else 0

@@ -8,29 +8,14 @@ renamed into it, under a lock, so that a killed preparation is never used and te
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import json
 import os
-import re
-import secrets
 import shutil
-import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
-from fray.backend.local._interpreters import Interpreter, normalized
-from fray.errors import InvalidValueError
-
-__all__ = ["EnvironmentPlan", "build_environment", "plan_environment"]
-
-# What of the user's environment changes what uv resolves to.
-_UV_SETTINGS = re.compile(
-    r"UV_(INDEX|DEFAULT_INDEX|EXTRA_INDEX|FIND_LINKS|TORCH_BACKEND|CONSTRAINT|OVERRIDE|EXCLUDE|PRERELEASE|RESOLUTION"
-    r"|NO_BINARY|NO_BUILD|NO_INDEX|CONFIG_FILE|NO_CONFIG)"
-)
+__all__ = ["EnvironmentPlan", "build_environment", "find_uv", "uv_environment"]
 
 
 @dataclass(frozen=True)
@@ -68,50 +53,6 @@ class EnvironmentPlan:
         return Path(self.directory).is_dir()
 
 
-def plan_environment(
-    base: Interpreter,
-    cache_directory: Path,
-    *,
-    requirements: list[str],
-    extras: list[str],
-    project: Path,
-    variables: Mapping[str, str],
-) -> EnvironmentPlan:
-    """Determine the environment that a job needs, by its environment `variables` too. Nothing is made.
-
-    Raises:
-        InvalidValueError: `extras` without a uv lock in the project, or ones that it does not have.
-    """
-    lines, constraints, overlays = "\n".join(requirements) + "\n", "", base.site_folders
-    if extras:
-        lines = _export(project, tuple(extras)) + lines
-        overlays = ()
-    else:
-        named = {normalized(re.split(r"[\s\[(@;<>=!~]", each.strip(), maxsplit=1)[0]) for each in requirements}
-        # A local version (torch 2.1+cpu) is on no index; the public one of the same number matches it.
-        constraints = "".join(
-            f"{package.name}=={package.version.partition('+')[0]}\n"
-            for package in sorted(base.installed(), key=lambda package: package.name)
-            if package.from_index and package.name not in named
-        )
-    settings = {name: value for name, value in sorted(variables.items()) if _UV_SETTINGS.match(name)}
-    parts = [
-        base.executable,
-        base.version,
-        base.platform,
-        base.installed_digest() if overlays else "",
-        lines if extras else sorted(requirements),
-        str(project) if extras else "",
-        settings,
-        [_local_content(each) for each in sorted(requirements)],
-    ]
-    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-    title = ", ".join([*(f"extra {extra}" for extra in extras), *requirements])
-    return EnvironmentPlan(
-        key, str(cache_directory / key), base.executable, lines, constraints, overlays, str(project), title
-    )
-
-
 def build_environment(
     plan: EnvironmentPlan, log: int, say: Callable[[str], None], run: Callable[[list[str], str, int], int]
 ) -> bool:
@@ -140,7 +81,7 @@ def build_environment(
         say(f"preparing the environment: {plan.title}")
         for left in place.parent.glob(f".{plan.key}-*"):
             shutil.rmtree(left, ignore_errors=True)  # of a preparation that was killed; we hold the lock
-        staging = place.parent / f".{plan.key}-{secrets.token_hex(4)}"
+        staging = place.parent / f".{plan.key}-{os.urandom(4).hex()}"
         try:
             if not _build(plan, staging, log, run):
                 return False
@@ -190,35 +131,3 @@ def _build(plan: EnvironmentPlan, staging: Path, log: int, run: Callable[[list[s
         lines = [f"import site; site.addsitedir({folder!r})\n" for folder in plan.overlays]
         (next(staging.glob("lib/python*/site-packages")) / "_fray_base.pth").write_text("".join(lines))
     return True
-
-
-def _export(project: Path, extras: tuple[str, ...]) -> str:
-    """Return the requirements that the project's lock gives for the extras."""
-    if not (project / "uv.lock").is_file():
-        raise InvalidValueError(
-            f"extras need a uv.lock in the working directory, and {project} has none: run `uv lock` there"
-        )
-    command = [find_uv(), "export", "--frozen", "--quiet", "--no-dev", "--no-header", "--no-annotate"]
-    for extra in extras:
-        command += ["--extra", extra]
-    done = subprocess.run(
-        command, cwd=project, env=uv_environment(), capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-    if done.returncode != 0:
-        raise InvalidValueError(f"extras {', '.join(extras)} of {project}: {done.stderr.strip()}")
-    return done.stdout
-
-
-def _local_content(requirement: str) -> list[str]:
-    """What changes when a requirement that is a local file or directory does."""
-    url = requirement.partition("@")[2].partition(";")[0].strip()
-    if not url.startswith("file:"):
-        return []
-    path = Path(unquote(urlsplit(url).path))
-    files = [path] if path.is_file() else [each for each in sorted(path.rglob("*")) if each.is_file()]
-    stamps = []
-    for each in files:
-        if not {".git", ".venv", "__pycache__"} & set(each.parts):
-            stat = each.stat()
-            stamps.append(f"{each}:{stat.st_size}:{stat.st_mtime_ns}")
-    return stamps

@@ -49,6 +49,11 @@ class JobPaths:
         return self.directory / "setup.json"
 
     @property
+    def setup_log(self) -> Path:
+        """What uv said; in the job's own log only where the set-up failed."""
+        return self.directory / "setup.log"
+
+    @property
     def trouble(self) -> Path:
         """What the supervisor said of its own trouble."""
         return self.directory / "supervisor.log"
@@ -105,6 +110,11 @@ class StorePaths:
         return self.root / "runners"
 
     @property
+    def interpreters(self) -> Path:
+        """What interpreters said about themselves."""
+        return self.root / "interpreters"
+
+    @property
     def admission(self) -> Path:
         """The queue of the jobs that ask for resources."""
         return self.root / "admission"
@@ -124,6 +134,7 @@ class StorePaths:
             self.light,
             self.shims,
             self.runners,
+            self.interpreters,
             self.admission,
         ):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from types import FrameType
 
 from fray.backend.local._admission import infeasible, wait_for_admission
 from fray.backend.local._environments import EnvironmentPlan, build_environment, uv_environment
-from fray.backend.local._store import write_all
+from fray.backend.local._files import write_all
 from fray.detached import leave_caller
 
 __all__ = ["Setup", "main"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import heapq
 import json
 import os
 import secrets
@@ -18,10 +19,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fray.backend.local._files import is_locked, taken, write_all
 from fray.backend.local._leftovers import kill_leftovers
 from fray.backend.local._paths import JobPaths, StorePaths, boot_id
 from fray.errors import InvalidValueError, JobExistsError, JobNotFoundError, PlatformError, SubmissionError
@@ -31,7 +33,7 @@ from fray.types import JobInfo, JobStatus, TerminationReason
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-__all__ = ["JobRecord", "Staged", "Store", "Supervision", "is_locked"]
+__all__ = ["JobRecord", "Staged", "Store", "Supervision", "disk_errors_mapped"]
 
 # Room for the events of a job, taken at its acceptance: its end can be recorded on a disk that has become full.
 _JOURNAL_BYTES = 4096
@@ -125,6 +127,8 @@ class Store:
         staged = Staged(record, self.paths.staging / record.nonce)
         try:
             with disk_errors_mapped(f"job {record.job_id} cannot be accepted in {self.paths.root}"):
+                if not self.paths.staging.is_dir():
+                    self.paths.make()  # somebody cleared the store under a living client
                 self._write(staged)
                 yield staged
         finally:
@@ -167,13 +171,14 @@ class Store:
             JobNotFoundError: There is no job of this id.
             ValueError: Its record has been damaged.
         """
+        path = self.paths.job(job_id).record
         try:
-            content = self.paths.job(job_id).record.read_bytes()
+            stat = path.stat()
+            record = _read_record(path, stat.st_ino, stat.st_mtime_ns)
         except (FileNotFoundError, NotADirectoryError):
             if self.paths.job(job_id).directory.is_dir():
                 raise ValueError("its record is missing") from None
             raise JobNotFoundError(f"there is no job {job_id!r} in {self.paths.root}") from None
-        record = _record_adapter().validate_json(content)
         if record.job_id != job_id:
             raise ValueError(f"its record is that of {record.job_id!r}")
         return record
@@ -211,7 +216,8 @@ class Store:
     def list(self, status: JobStatus | None, limit: int | None) -> list[JobInfo]:
         """Return the jobs, the newest first, reading no more of them than are asked for."""
         found: list[JobInfo] = []
-        for name in sorted(os.listdir(self.paths.index), reverse=True):
+        names = os.listdir(self.paths.index)
+        for name in _newest_first(names, limit):
             if limit is not None and len(found) >= limit:
                 break
             stamp, _, job_id = name.partition(".")
@@ -266,10 +272,10 @@ class Store:
 
     def _settle(self, paths: JobPaths, record: JobRecord) -> Outcome:
         """Kill what a dead supervisor left, then record the end: the job's own if it had come to one, else LOST."""
-        with _taken(paths.lock) as taken:
+        with taken(paths.lock) as free:
             journal = paths.journal.read_bytes()
             outcome = read_journal(journal)
-            if not taken or outcome.status.is_terminal:
+            if not free or outcome.status.is_terminal:
                 return outcome
             if record.boot == boot_id():
                 kill_leftovers(record.job_id, str(paths.outputs), outcome.sessions)
@@ -320,19 +326,6 @@ class Store:
         )
 
 
-def is_locked(path: Path) -> bool:
-    """Whether somebody holds a lock; a missing one is held by nobody."""
-    with _taken(path, shared=True) as taken:
-        return not taken and path.exists()
-
-
-def write_all(descriptor: int, data: bytes) -> None:
-    """Write all of `data`, or raise what stands in the way."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
-
-
 @contextmanager
 def disk_errors_mapped(what: str) -> Iterator[None]:
     """Turn the operating system's refusals into Fray's errors, saying what failed and what helps."""
@@ -350,23 +343,15 @@ def disk_errors_mapped(what: str) -> Iterator[None]:
         raise SubmissionError(f"{what}: {error.strerror or error}: {remedy}") from error
 
 
-@contextmanager
-def _taken(path: Path, *, shared: bool = False) -> Iterator[bool]:
-    """Take a lock if it is free; say whether it was."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        yield False
+def _newest_first(names: list[str], limit: int | None) -> Iterator[str]:
+    """Yield the index's names, the newest first, sorting no more of them than are likely to be asked for."""
+    if limit is None or 4 * limit > len(names):
+        yield from sorted(names, reverse=True)
         return
-    try:
-        try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)
+    newest = heapq.nlargest(limit, names)
+    yield from newest
+    seen = set(newest)
+    yield from sorted((name for name in names if name not in seen), reverse=True)
 
 
 def _index_name(record: JobRecord) -> str:
@@ -415,6 +400,12 @@ def _damaged(paths: JobPaths, error: Exception, record: JobRecord | None = None)
         None,
         None,
     )
+
+
+@lru_cache(maxsize=4096)
+def _read_record(path: Path, inode: int, changed_ns: int) -> JobRecord:
+    """Read a record, once for as long as its file stays as it is: a client that waits asks often."""
+    return _record_adapter().validate_json(path.read_bytes())
 
 
 @cache
