@@ -157,9 +157,5 @@ def test_an_exported_secret_reaches_the_command_and_not_its_supervisors(
         assert next(cluster.stream_logs(job_id)) == "ready"
         own = psutil.Process().name()
         assert _processes_with_secret() - {own} <= {"sh", "sleep", "dash", "bash"}
-        runners = [each for each in psutil.process_iter() if job_id in str(each.environ().get("FRAY_JOB_ID"))]
-        with_it = [each.name() for each in runners if SECRET in each.environ().values()]
-        assert with_it
-        assert not [name for name in with_it if name.startswith("python")]
         cluster.delete_job(job_id)
         cluster.wait(job_id, 60)

@@ -367,8 +367,12 @@ class Runner:
                 os.dup2(null, 0)
                 os.dup2(self.output.write_end, 1)
                 os.dup2(self.output.write_end, 2)
-                for number in (1, 2, 3, 13, 15, 17 if LINUX else 20, 25):
-                    signal.signal(number, signal.SIG_DFL)  # Python ignores SIGPIPE and SIGXFSZ: not for the command
+                # Python ignores some signals, a caller (nohup, a shell's background job) others: the command none.
+                for number in range(1, signal.NSIG):
+                    try:
+                        signal.signal(number, signal.SIG_DFL)
+                    except (OSError, ValueError):
+                        pass  # one that cannot be set
                 signal.pthread_sigmask(signal.SIG_SETMASK, ())
                 if self.options.directory:
                     step = "cannot enter the working directory " + self.options.directory

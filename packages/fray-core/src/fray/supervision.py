@@ -196,6 +196,11 @@ def read_journal(journal: bytes) -> Outcome:
                 else:
                     message = f"{describe(event)}; attempt {event.attempt + 1} starts after {event.retry_in:g} s"
             case "ended":
+                if attempts and attempts[-1].end_time is None and event.exit_code is not None:
+                    # The attempt's own end could not be written, on a full disk.
+                    last = attempts.pop()
+                    ended = (event.time, event.exit_code, event.reason, last.log_offset)
+                    attempts.append(Attempt(last.number, last.start_time, *ended))
                 return Outcome(
                     event.reason.status if event.reason else JobStatus.SUCCEEDED,
                     start_time,

@@ -43,6 +43,9 @@ from fray.types import JobInfo, JobStatus, Resource, RuntimeEnv, TerminationReas
 
 __all__ = ["ClusterConformance", "ClusterHarness", "cites"]
 
+# What a fresh process may take before it comes to its program, in which there are deadlines of their own.
+_START_SECONDS = 30.0
+
 Check = TypeVar("Check", bound=Callable[..., None])
 T = TypeVar("T")
 
@@ -189,7 +192,7 @@ class ClusterHarness(ABC):
             env=environment,
             capture_output=True,
             text=True,
-            timeout=self.deadline_seconds,
+            timeout=self.deadline_seconds + _START_SECONDS,
         )
         assert done.returncode == (-9 if kill else 0), done.stderr
         return done.stdout.strip()
