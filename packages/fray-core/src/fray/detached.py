@@ -7,14 +7,17 @@ builder by `leave_caller`): what the starter sees is a short-lived child, which 
 from __future__ import annotations
 
 import os
-import subprocess
-import threading
+from _thread import allocate_lock
 from collections.abc import Mapping, Sequence
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import subprocess
 
 __all__ = ["leave_caller", "reap_launchers", "start_detached"]
 
 _launchers: list[subprocess.Popen[bytes]] = []
-_lock = threading.Lock()
+_lock = allocate_lock()
 
 
 def start_detached(
@@ -31,6 +34,8 @@ def start_detached(
     Raises:
         OSError: The program cannot be started.
     """
+    import subprocess  # what has been detached itself (leave_caller) need not pay for it
+
     reap_launchers()
     process = subprocess.Popen(
         arguments,

@@ -3,27 +3,28 @@
 `package_requirements` make an overlay on the base interpreter: its own site-packages first, then the base's.
 `extras` make an isolated environment of what the project's uv lock says. An environment is built beside its place and
 renamed into it, under a lock, so that a killed preparation is never used and ten jobs at once prepare one.
+
+Part of the preparer: what this imports, each first job of an environment waits for.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 __all__ = ["EnvironmentPlan", "build_environment", "find_uv", "uv_environment"]
 
 
-@dataclass(frozen=True)
-class EnvironmentPlan:
+class EnvironmentPlan(NamedTuple):
     """An environment, by what determines it.
 
     Attributes:
-        key: A digest of all of it.
+        uv: The path of the uv that makes it.
+        key: A digest of all of what follows.
         directory: Where the environment is, or will be.
         python: The base interpreter's executable.
         requirements: The content of uv's requirements file.
@@ -33,6 +34,7 @@ class EnvironmentPlan:
         title: What it holds, for messages.
     """
 
+    uv: str
     key: str
     directory: str
     python: str
@@ -79,15 +81,17 @@ def build_environment(
         if plan.is_ready:
             return True
         say(f"preparing the environment: {plan.title}")
-        for left in place.parent.glob(f".{plan.key}-*"):
-            shutil.rmtree(left, ignore_errors=True)  # of a preparation that was killed; we hold the lock
+        for name in os.listdir(place.parent):
+            if name.startswith(f".{plan.key}-"):
+                _remove(place.parent / name)  # of a preparation that was killed; we hold the lock
         staging = place.parent / f".{plan.key}-{os.urandom(4).hex()}"
         try:
             if not _build(plan, staging, log, run):
                 return False
             os.rename(staging, place)
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            if staging.exists():
+                _remove(staging)
         return True
     finally:
         os.close(lock)
@@ -112,9 +116,8 @@ def find_uv() -> str:
 
 
 def _build(plan: EnvironmentPlan, staging: Path, log: int, run: Callable[[list[str], str, int], int]) -> bool:
-    uv = find_uv()
     made = run(
-        [uv, "venv", "--quiet", "--no-project", "--relocatable", "--python", plan.python, str(staging)], "/", log
+        [plan.uv, "venv", "--quiet", "--no-project", "--relocatable", "--python", plan.python, str(staging)], "/", log
     )
     if made != 0:
         return False
@@ -122,7 +125,7 @@ def _build(plan: EnvironmentPlan, staging: Path, log: int, run: Callable[[list[s
     notes.mkdir()
     (notes / "requirements.txt").write_text(plan.requirements)
     (notes / "constraints.txt").write_text(plan.constraints)
-    command = [uv, "pip", "install", "--python", str(staging / "bin" / "python")]
+    command = [plan.uv, "pip", "install", "--python", str(staging / "bin" / "python")]
     command += ["-r", str(notes / "requirements.txt"), "-c", str(notes / "constraints.txt")]
     if run(command, plan.project if not plan.overlays else "/", log) != 0:
         return False
@@ -131,3 +134,9 @@ def _build(plan: EnvironmentPlan, staging: Path, log: int, run: Callable[[list[s
         lines = [f"import site; site.addsitedir({folder!r})\n" for folder in plan.overlays]
         (next(staging.glob("lib/python*/site-packages")) / "_fray_base.pth").write_text("".join(lines))
     return True
+
+
+def _remove(directory: Path) -> None:
+    import shutil
+
+    shutil.rmtree(directory, ignore_errors=True)

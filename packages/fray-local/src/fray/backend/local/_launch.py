@@ -133,7 +133,7 @@ class Launch:
         )
         setup.write(staged.paths.setup)
         staged.setup_fd = os.open(staged.paths.setup, os.O_RDONLY)
-        return [sys.executable, "-I", "-c", _PREPARER.format(_import_paths(), staged.setup_fd)]
+        return [sys.executable, "-I", "-S", "-c", _PREPARER.format(_import_paths(), staged.setup_fd)]
 
     def _permit(self, staged: Staged) -> str:
         return str(self.paths.job(self.request.job_id).permit(staged.record.nonce))

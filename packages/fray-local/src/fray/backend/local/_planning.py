@@ -63,7 +63,7 @@ def plan_environment(
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     title = ", ".join([*(f"extra {extra}" for extra in extras), *requirements])
     return EnvironmentPlan(
-        key, str(cache_directory / key), base.executable, lines, constraints, overlays, str(project), title
+        find_uv(), key, str(cache_directory / key), base.executable, lines, constraints, overlays, str(project), title
     )
 
 

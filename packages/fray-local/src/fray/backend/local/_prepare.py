@@ -9,12 +9,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import time
-import traceback
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 from fray.backend.local._admission import infeasible, wait_for_admission
 from fray.backend.local._environments import EnvironmentPlan, build_environment, uv_environment
@@ -24,8 +22,7 @@ from fray.detached import leave_caller
 __all__ = ["Setup", "main"]
 
 
-@dataclass(frozen=True)
-class Setup:
+class Setup(NamedTuple):
     """What is to be done before a job's command starts; kept in the job's directory. Holds no secret."""
 
     runner: list[str]
@@ -35,14 +32,15 @@ class Setup:
     log_fd: int
     setup_log: str
     not_before: float
-    environment: EnvironmentPlan | None = None
-    resources: dict[str, float] = field(default_factory=dict)
-    ticket: str | None = None
-    ticket_fd: int | None = None
+    environment: EnvironmentPlan | None
+    resources: dict[str, float]
+    ticket: str | None
+    ticket_fd: int | None
 
     def write(self, path: Path) -> None:
         """Store it."""
-        path.write_text(json.dumps(asdict(self)))
+        environment = self.environment._asdict() if self.environment else None
+        path.write_text(json.dumps({**self._asdict(), "environment": environment}))
 
     @classmethod
     def read(cls, descriptor: int) -> Setup:
@@ -66,7 +64,7 @@ class _Ended(Exception):
 class _Preparation:
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: int | None = None
 
     def run(self) -> None:
         setup = self._setup
@@ -89,6 +87,8 @@ class _Preparation:
         except _Ended as end:
             self._end(end.reason, end.message)
         except Exception as error:
+            import traceback
+
             traceback.print_exc()
             self._end("SETUP_FAILED", f"{type(error).__name__}: {error}")
 
@@ -103,18 +103,18 @@ class _Preparation:
             os.close(descriptor)
 
     def _run(self, command: list[str], directory: str, log: int) -> int:
-        self._child = subprocess.Popen(
-            command,
-            cwd=directory,
-            env=uv_environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        code = self._child.wait()
+        os.chdir(directory)
+        streams = [
+            (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_DUP2, log, 1),
+            (os.POSIX_SPAWN_DUP2, log, 2),
+        ]
+        # A group of its own, so that a stop reaches what uv has started too.
+        self._child = os.posix_spawn(command[0], command, uv_environment(), file_actions=streams, setpgroup=0)
+        status = os.waitpid(self._child, 0)[1]
         self._child = None
-        return code
+        os.chdir("/")
+        return os.waitstatus_to_exitcode(status)
 
     def _become_runner(self, handover: bytes) -> None:
         descriptor = os.memfd_create("handover") if hasattr(os, "memfd_create") else -1
@@ -145,7 +145,7 @@ class _Preparation:
 
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
         if self._child:
-            os.killpg(self._child.pid, signal.SIGKILL)
+            os.killpg(self._child, signal.SIGKILL)
         raise _Ended("STOPPED_BY_USER")
 
     def _say(self, message: str) -> None:
