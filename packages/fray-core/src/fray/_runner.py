@@ -295,7 +295,6 @@ class Runner:
             if self.deadline is not None and time.monotonic() >= self.deadline:
                 return self.end("TIMED_OUT")
             attempt += 1
-            self.oom_kills = count_oom_kills()
             pid, problem = self.spawn(attempt)
             if problem:
                 return self.end("SETUP_FAILED", problem)
@@ -383,6 +382,7 @@ class Runner:
                 os.write(report_end, ("%s: %s" % (step, error)).encode("utf-8", "replace"))
             os._exit(70)
         os.close(report_end)
+        self.oom_kills = count_oom_kills()  # while the child is on its way
         problem = os.read(report, 65536).decode("utf-8", "replace")
         os.close(report)
         if problem:
