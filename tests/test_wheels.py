@@ -24,8 +24,12 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from uv import find_uv_bin
+
+    # Empty but for pip; not by the venv module, which some distributions' Pythons lack.
     directory = tmp_path_factory.mktemp("environment")
-    subprocess.run([sys.executable, "-m", "venv", str(directory)], check=True)
+    command = [find_uv_bin(), "venv", "--quiet", "--seed", "--clear", "--python", sys.executable, str(directory)]
+    subprocess.run(command, check=True)
     return directory
 
 

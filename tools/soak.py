@@ -32,7 +32,7 @@ def main() -> int:
         for process in load:
             process.kill()
             process.wait()
-    done = pytest(*SCHEDULES, FRAY_SOAK="1")
+    done = pytest(*SCHEDULES, FRAY_SOAK="10")
     print(f"schedules: {done.stdout.strip().splitlines()[-1]} ({time.monotonic() - began:.0f} s in all)", flush=True)
     if done.returncode:
         print(done.stdout)
@@ -41,7 +41,7 @@ def main() -> int:
 
 def pytest(*files: str, **variables: str) -> "subprocess.CompletedProcess[str]":
     """Run test files; return what came of it."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", "-m", "", *files]
     return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
 
 

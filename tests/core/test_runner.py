@@ -801,7 +801,8 @@ class TestSurroundings:
         )
         job.wait()
         lines = job.output.decode().splitlines()
-        assert [line.split()[1].strip("0") for line in lines[:2]] == ["", ""]
+        libc_own = 1 << 31 | 1 << 32  # signals 32 and 33 belong to the C library, which lets nobody set them
+        assert [int(line.split()[1], 16) & ~libc_own for line in lines[:2]] == [0, 0]
         assert sorted(lines[2:]) == ["y", f"yes: {128 + signal.SIGPIPE}"]
 
     @ESSENTIAL

@@ -24,7 +24,7 @@ from fray.types import JobStatus, Resource, RuntimeEnv, TerminationReason
 from tests.local.local_harness import LocalHarness
 from tests.requirements import faketime_library, run_in_mount_namespace
 
-SOAK = os.environ.get("FRAY_SOAK") == "1"
+SOAK = bool(os.environ.get("FRAY_SOAK"))
 
 # A client that submits and waits, and is killed at the Nth thing that it asks of the operating system.
 DOOMED_CLIENT = """

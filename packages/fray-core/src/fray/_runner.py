@@ -216,32 +216,49 @@ class Tree:
 
     def members(self) -> "list[int]":
         """The live descendants, without those that belong to another job submitted from inside this one."""
+        return self._look()[0]
+
+    def is_gone(self) -> bool:
+        """Reap what has ended, and say whether nothing is left."""
+        reap()
+        if not LINUX and not self.is_init:
+            return not self.group or not send(-self.group, 0)
+        if not has_children():
+            return True
+        if self.is_init:
+            return False
+        # There are children: of a job submitted from inside this one, or of this job's.
+        found, surely_all = self._look()
+        return surely_all and not found
+
+    def only_others_left(self) -> bool:
+        """Whether all that is left belongs to users whose processes this one may not signal."""
+        if not LINUX or self.is_init:
+            return False
+        found = self.members()
+        return bool(found) and not any(send(pid, 0) for pid in found)
+
+    def _look(self) -> "tuple[list[int], bool]":
+        """Return the members, and whether that is surely all of them.
+
+        It is not when one of them ended during the look: what it had started by then may be too new to be listed.
+        """
+        me, surely_all = os.getpid(), True
         parents: "dict[int, list[int]]" = {}
         for name in os.listdir("/proc"):
             if name.isdigit():
                 state, parent = stat_of(name)
                 if state not in ("Z", "X", ""):
                     parents.setdefault(parent, []).append(int(name))
-        found, queue = [], [os.getpid()]
+                elif not state or parent == me:
+                    surely_all = False
+        found, queue = [], [me]
         while queue:
             for pid in parents.get(queue.pop(), ()):
-                if pid != os.getpid() and not self._is_foreign(pid):
+                if pid != me and not self._is_foreign(pid):
                     found.append(pid)
                     queue.append(pid)
-        return found
-
-    def is_gone(self) -> bool:
-        """Reap what has ended, and say whether nothing is left."""
-        reap()
-        if self.is_init or LINUX:
-            if not has_children():
-                return True
-            return not self.is_init and not self.members()
-        return not self.group or not send(-self.group, 0)
-
-    def only_others_left(self) -> bool:
-        """Whether all that is left belongs to users whose processes this one may not signal."""
-        return LINUX and not self.is_init and not any(send(pid, 0) for pid in self.members())
+        return found, surely_all
 
     def _is_foreign(self, pid: int) -> bool:
         try:
