@@ -31,13 +31,14 @@ help:
 
 # The environment that everything below runs in: the lock, and the packages as they stand in the tree.
 $(VENV)/.ready: $(LOCK) $(wildcard packages/*/pyproject.toml) $(filter .tools/bin/uv,$(UV))
-	$(UV) venv --quiet --clear --python $(PYTHON) $(VENV)
+	rm -rf $(VENV)
+	$(UV) venv --quiet --python $(PYTHON) $(VENV)
 	$(UV) pip install --quiet --python $(BIN)/python --require-hashes -r $(LOCK)
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation $(EDITABLE)
 	@touch $@
 
 demo: $(VENV)/.ready
-	@cd examples/digits && $(CURDIR)/$(BIN)/fray run --package scikit-learn --fetch outputs -- python train.py --folds 5
+	@cd examples/digits && "$(CURDIR)/$(BIN)/fray" run --package scikit-learn --fetch outputs -- python train.py --folds 5
 	@echo && echo "The job left its result in examples/digits/outputs/:" && cat examples/digits/outputs/metrics.json
 
 test: $(VENV)/.ready

@@ -710,7 +710,7 @@ class NamesAnotherCluster(Local):
 
 @caught_by("test_a_nested_job_outlives_the_job_that_made_it")
 class TakesNestedJobsAlong(Local):
-    runner_edits: ClassVar = {"return entry[12:] != self._mine": "return False"}
+    runner_edits: ClassVar = {'read_file("/proc/%d/environ" % pid)': 'b""'}
 
 
 # 11: secrets

@@ -513,3 +513,62 @@ def test_a_taken_id_is_refused_while_the_other_is_still_being_staged(harness: Lo
         harness.cluster.create_job("sleep 0.2", job_id="taken")
     harness.until(lambda: not list((harness.root / "staging").iterdir()), "nothing left in staging")
     assert time.time() - harness.end("taken").submission_time < 60
+
+
+class TestTwoStores:
+    def test_a_job_of_the_same_id_elsewhere_is_another_job(self, harness: LocalHarness, tmp_path: Path) -> None:
+        other = fray.connect(f"local:{tmp_path}/other", grace_seconds=1)
+        program = f"import fray; fray.connect({other.spec!r}).create_job('sleep 0.5; exit 9', job_id='same')"
+        outer = harness.run(f'python -c "{program}"', job_id="same")
+        assert outer.status is JobStatus.SUCCEEDED, harness.cluster.get_logs("same")
+        assert other.wait("same", 60).exit_code == 9
+
+    def test_what_a_command_starts_with_another_output_directory_is_its_own(self, harness: LocalHarness) -> None:
+        command = "FRAY_OUTPUT_DIR=/elsewhere setsid sh -c 'echo $$; sleep 600' & sleep 0.2"
+        info = harness.run(command)
+        assert info.status is JobStatus.SUCCEEDED
+        assert not _is_alive(int(harness.cluster.get_logs(info.id)))
+
+    def test_a_purge_that_comes_late_takes_no_running_job(self, harness: LocalHarness) -> None:
+        harness.run("true", job_id="reused")
+        harness.cluster.purge_job("reused")
+        harness.cluster.create_job("sleep 600", job_id="reused")
+        with pytest.raises(fray.UsageError, match="not over"):
+            harness.cluster._purge("reused")  # another client's, decided on before
+        assert not harness.cluster.get_job("reused").status.is_terminal
+
+
+class TestNames:
+    def test_a_directory_whose_name_is_no_utf8(self, harness: LocalHarness, tmp_path: Path) -> None:
+        directory = os.fsdecode(os.fsencode(tmp_path) + b"/d\xff")
+        os.mkdir(directory)
+        info = harness.run("pwd", RuntimeEnv(working_dir=directory))
+        assert info.status is JobStatus.SUCCEEDED, info
+        assert harness.cluster.read_logs(info.id) == os.fsencode(directory) + b"\n"
+
+    def test_a_python_named_without_its_directory(self, harness: LocalHarness) -> None:
+        cluster = fray.connect(harness.spec, **{**harness.options, "python": "python3"})
+        job_id = cluster.create_job("python -c 'print(1)'")
+        assert harness.end(job_id).status is JobStatus.SUCCEEDED, cluster.get_logs(job_id)
+
+    @pytest.mark.parametrize("grace", [-1, float("nan"), "3"])
+    def test_a_grace_that_cannot_be_is_refused(self, harness: LocalHarness, grace: object) -> None:
+        with pytest.raises(fray.UsageError, match="grace_seconds"):
+            fray.connect(harness.spec, grace_seconds=grace)
+
+    def test_the_address_can_be_an_option(self, tmp_path: Path) -> None:
+        assert fray.connect("local", address=tmp_path / "s").spec == f"local:{tmp_path}/s"
+        with pytest.raises(fray.UsageError, match="twice"):
+            fray.connect(f"local:{tmp_path}/s", address=tmp_path)
+
+
+def test_a_long_queue_leaves_room_for_the_end(harness: LocalHarness) -> None:
+    with harness.hold_pending() as held:
+        ids = [harness.cluster.create_job("true", held) for _ in range(12)]
+        harness.until(lambda: "behind" in harness.cluster.get_job(ids[-1]).message, "the last to wait")
+        for job_id in ids[:-1]:
+            harness.cluster.delete_job(job_id)
+            harness.end(job_id)
+    assert harness.end(ids[-1]).status is JobStatus.SUCCEEDED
+    journal = (harness.job_directory(ids[-1]) / "journal").read_bytes()
+    assert journal.count(b'"pending"') == 1, "what it waited for is written over, not added"

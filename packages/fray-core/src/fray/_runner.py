@@ -183,8 +183,8 @@ class Output:
 class Tree:
     """The processes that came of the command, found by descent, orphans included."""
 
-    def __init__(self, mine: bytes) -> None:
-        self._mine = mine
+    def __init__(self) -> None:
+        self._mine = {name: os.environ.get(name) for name in (b"FRAY_JOB_ID", b"FRAY_OUTPUT_DIR", b"FRAY_CLUSTER")}
         self.is_init = os.getpid() == 1
         self.group = 0
         if LINUX:
@@ -265,10 +265,12 @@ class Tree:
             environment = read_file("/proc/%d/environ" % pid)
         except OSError:
             return False
-        for entry in environment.split(b"\0"):
-            if entry.startswith(b"FRAY_JOB_ID="):
-                return entry[12:] != self._mine
-        return False
+        theirs = dict(entry.partition(b"=")[::2] for entry in environment.split(b"\0") if entry.startswith(b"FRAY_"))
+        if theirs.get(b"FRAY_JOB_ID") in (None, self._mine[b"FRAY_JOB_ID"]):
+            # One id may be in use on two clusters; a command may well change one of these for what it starts.
+            others = (b"FRAY_OUTPUT_DIR", b"FRAY_CLUSTER")
+            return b"FRAY_JOB_ID" in theirs and all(theirs.get(n) not in (None, self._mine[n]) for n in others)
+        return True
 
 
 class Runner:
@@ -290,7 +292,7 @@ class Runner:
         # A caller may have blocked these until the handlers are there.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD))
         self.environment = dict(os.environ)
-        self.tree = Tree(self.environment.get(b"FRAY_JOB_ID", b""))
+        self.tree = Tree()
         self.deadline: "float | None" = None
         self.exit_code: "int | None" = None
         # Written before the permit is looked at: whoever takes the permit away afterwards finds whom to signal.
@@ -691,7 +693,7 @@ def detach() -> int:
     signals = (signal.SIGTERM, signal.SIGINT)
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as a caller may have it, it leaves nothing to wait for
-    tree = Tree(os.environ.get(b"FRAY_JOB_ID", b""))
+    tree = Tree()
     runner = os.fork()
     if not runner:
         return guard

@@ -22,6 +22,7 @@ from fray.errors import (
     JobExistsError,
     JobFailedError,
     JobNotFinishedError,
+    JobNotFoundError,
     UnsupportedError,
     WaitTimeoutError,
 )
@@ -135,7 +136,11 @@ class ClusterContext(ABC):
                 if job_id is None:
                     continue  # another process made up the same id in the same nanosecond
                 if if_exists == "adopt":
-                    if self._retry(functools.partial(self._fingerprint, job_id)) == request.fingerprint:
+                    try:
+                        known = self._retry(functools.partial(self._fingerprint, job_id))
+                    except JobNotFoundError:
+                        continue  # it has just been purged
+                    if known == request.fingerprint:
                         return job_id
                     raise JobExistsError(
                         f"job {job_id} exists on {self.spec} and is another: its entrypoint, environment, retries or "

@@ -39,10 +39,12 @@ def get_job_context() -> JobContext:
         return current
     name = os.environ.get("FRAY_JOB_CONTEXT")
     with _lock:
-        cls = _class_named(name) if name else _detected_class()
-        if cls not in _made:
-            _made[cls] = cls()
-        return _made[cls]
+        if name:
+            return _instance(_class_named(name))
+        try:
+            return _instance(_detected_class())
+        except Exception:  # a plugin that nobody asked for must not break the code that asks for any
+            return _instance(LocalJobContext)
 
 
 def set_job_context(ctx: JobContext) -> None:
@@ -63,6 +65,12 @@ def use_job_context(ctx: JobContext) -> Iterator[JobContext]:
         yield ctx
     finally:
         current_job_context.reset(token)
+
+
+def _instance(cls: type[JobContext]) -> JobContext:
+    if cls not in _made:
+        _made[cls] = cls()
+    return _made[cls]
 
 
 def _class_named(name: str) -> type[JobContext]:

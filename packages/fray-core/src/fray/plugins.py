@@ -83,9 +83,14 @@ def connect(spec: str | None = None, **options: Any) -> ClusterContext:
         ConnectionFailedError: The cluster cannot be reached.
     """
     name, address, configured = resolve(spec)
+    options = {**configured, **options}
+    if "address" in options:
+        if address is not None:
+            raise InvalidValueError(f"the address is given twice: {address!r} and {options['address']!r}")
+        address = options.pop("address")
     backend = load_backend(name)
-    _check_options(name, backend, {**configured, **options})
-    return backend.connect(address, **{**configured, **options})
+    _check_options(name, backend, options)
+    return backend.connect(address, **options)
 
 
 def resolve(spec: str | None) -> tuple[str, str | None, dict[str, Any]]:

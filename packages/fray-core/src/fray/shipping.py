@@ -52,7 +52,10 @@ def write_light_part(parent: Path) -> Path:
     staging = parent / f".{secrets.token_hex(8)}"
     for name, content in light_part().items():
         (staging / name).parent.mkdir(parents=True, exist_ok=True)
-        (staging / name).write_bytes(content)
+        with (staging / name).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave empty files under a name that is trusted
     try:
         os.rename(staging, directory)
     except OSError:

@@ -11,17 +11,17 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fray.backend.local._files import is_locked, write_all
+from fray.backend.local._files import held, is_locked, write_all
 
 if TYPE_CHECKING:
     from fray.types import Resource
 
-__all__ = ["KNOWN_RESOURCES", "Ticket", "draw_ticket", "machine_resources", "wait_for_admission"]
+__all__ = ["KNOWN_RESOURCES", "Ticket", "draw_ticket", "infeasible", "machine_resources", "wait_for_admission"]
 
 KNOWN_RESOURCES = ("CPU", "memory", "GPU")
 _WAITING, _ADMITTED = ".waiting", ".admitted"
@@ -83,9 +83,9 @@ def wait_for_admission(ticket: Path, resources: dict[str, float], say: Callable[
     while True:
         ahead = _first_alive_ahead(directory, ticket.name)
         if ahead is None:
-            with _queue_locked(directory):
+            with held(directory / "lock"):
                 free = _free(directory, has)
-                if all(free[name] >= quantity for name, quantity in resources.items()):
+                if all(free[name] + 1e-9 * has[name] >= quantity for name, quantity in resources.items()):
                     admitted = ticket.with_name(ticket.name.removesuffix(_WAITING) + _ADMITTED)
                     os.rename(ticket, admitted)
                     return admitted
@@ -125,17 +125,6 @@ def _is_alive(ticket: Path) -> bool:
         return True
     ticket.unlink(missing_ok=True)
     return False
-
-
-@contextmanager
-def _queue_locked(directory: Path) -> Iterator[None]:
-    """Hold the queue's own lock: what is free is counted and taken in one go."""
-    descriptor = os.open(directory / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _amount(name: str, quantity: float) -> str:

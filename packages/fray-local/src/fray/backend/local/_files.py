@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["is_locked", "taken", "write_all"]
+__all__ = ["held", "is_locked", "taken", "write_all", "write_durably"]
 
 
 def is_locked(path: Path) -> bool:
@@ -32,6 +32,27 @@ def taken(path: Path, *, shared: bool = False) -> Iterator[bool]:
             yield False
         else:
             yield True
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold a lock, waiting for whoever has it."""
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Write a file that is there, whole, when what names it is, even after a power cut."""
+    descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, mode)
+    try:
+        write_all(descriptor, data)
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from fray.backend.local._admission import Ticket, draw_ticket
 from fray.backend.local._environments import EnvironmentPlan
-from fray.backend.local._files import write_all
+from fray.backend.local._files import write_all, write_durably
 from fray.backend.local._paths import StorePaths
 from fray.backend.local._prepare import Setup
 from fray.backend.local._store import Staged
@@ -194,10 +194,13 @@ def _compiled_runner(directory: Path) -> str:
     if not target.exists():
         import py_compile
 
+        staging = directory / f".{secrets.token_hex(8)}"
         try:
-            # py_compile writes under another name first: a killed client leaves no half of it.
-            py_compile.compile(str(source), str(target), doraise=True)
+            py_compile.compile(str(source), str(staging), doraise=True)
+            write_durably(staging, staging.read_bytes())
+            os.rename(staging, target)
         except OSError:
+            staging.unlink(missing_ok=True)
             return str(source)
     return str(target)
 
@@ -214,8 +217,7 @@ def _shims(directory: Path, python: str) -> str:
     staging = directory / f".{secrets.token_hex(8)}"
     staging.mkdir(mode=0o700)
     for name in ("python", "python3"):
-        (staging / name).write_text(script, errors="surrogateescape")
-        (staging / name).chmod(0o700)
+        write_durably(staging / name, script.encode(errors="surrogateescape"), 0o700)
     try:
         os.rename(staging, place)
     except OSError:

@@ -34,10 +34,11 @@ def kill_leftovers(job_id: str, outputs: str, sessions: Collection[int]) -> None
             sleep_until_gone(process.pid, 0.2)
 
 
-def belongs_to_job(pid: int, job_id: str) -> bool:
-    """Whether a process was started for a job, by its environment."""
+def belongs_to_job(pid: int, job_id: str, outputs: str) -> bool:
+    """Whether a process was started for a job, by its environment: the id, and the store that the job is in."""
     try:
-        return psutil.Process(pid).environ().get("FRAY_JOB_ID") == job_id
+        environment = psutil.Process(pid).environ()
+        return environment.get("FRAY_JOB_ID") == job_id and environment.get("FRAY_OUTPUT_DIR") == outputs
     except (psutil.Error, OSError):
         return False
 

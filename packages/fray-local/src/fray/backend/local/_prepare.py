@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -110,7 +111,12 @@ class _Preparation:
             (os.POSIX_SPAWN_DUP2, log, 2),
         ]
         # A group of its own, so that a stop reaches what uv has started too.
-        self._child = os.posix_spawn(command[0], command, uv_environment(), file_actions=streams, setpgroup=0)
+        stops = (signal.SIGTERM, signal.SIGINT)
+        signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # a stop finds the child known, or not there
+        self._child = os.posix_spawn(
+            command[0], command, uv_environment(), file_actions=streams, setpgroup=0, setsigmask=()
+        )
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
         status = os.waitpid(self._child, 0)[1]
         self._child = None
         os.chdir("/")
@@ -145,11 +151,14 @@ class _Preparation:
 
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
         if self._child:
-            os.killpg(self._child, signal.SIGKILL)
+            with suppress(ProcessLookupError, ChildProcessError):  # it has just ended by itself
+                os.killpg(self._child, signal.SIGKILL)
+                os.waitpid(self._child, 0)
         raise _Ended("STOPPED_BY_USER")
 
     def _say(self, message: str) -> None:
-        self._write({"event": "pending", "message": message})
+        with suppress(OSError):  # on a full disk: it says less, and does the same
+            self._write({"event": "pending", "message": message})
 
     def _end(self, reason: str, message: str) -> None:
         self._write({"event": "ended", "reason": reason, **({"message": message} if message else {})})
@@ -160,7 +169,13 @@ class _Preparation:
         journal = self._setup.journal_fd
         line = json.dumps({**event, "time": round(max(time.time(), self._setup.not_before), 6)}).encode() + b"\n"
         written = os.pread(journal, os.fstat(journal).st_size, 0).split(b"\0", 1)[0]
-        os.pwrite(journal, line, len(written))
+        end = len(written)
+        last = written.rfind(b"\n", 0, -1) + 1
+        if event["event"] == "pending" and b'"event": "pending"' in written[last:]:
+            # In place of the last one: the room that was taken for the job's end is not for what it waits for.
+            line = line[:-1].ljust(end - last - 1) + b"\n"
+            end = last
+        os.pwrite(journal, line, end)
 
 
 def main(descriptor: int) -> None:

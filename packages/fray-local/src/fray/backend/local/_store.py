@@ -23,10 +23,17 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fray.backend.local._files import is_locked, taken, write_all
+from fray.backend.local._files import held, is_locked, taken, write_all
 from fray.backend.local._leftovers import kill_leftovers
 from fray.backend.local._paths import JobPaths, StorePaths, boot_id
-from fray.errors import InvalidValueError, JobExistsError, JobNotFoundError, PlatformError, SubmissionError
+from fray.errors import (
+    InvalidValueError,
+    JobExistsError,
+    JobNotFinishedError,
+    JobNotFoundError,
+    PlatformError,
+    SubmissionError,
+)
 from fray.supervision import Outcome, read_journal
 from fray.types import JobInfo, JobStatus, TerminationReason
 
@@ -216,7 +223,10 @@ class Store:
     def list(self, status: JobStatus | None, limit: int | None) -> list[JobInfo]:
         """Return the jobs, the newest first, reading no more of them than are asked for."""
         found: list[JobInfo] = []
-        names = os.listdir(self.paths.index)
+        try:
+            names = os.listdir(self.paths.index)
+        except FileNotFoundError:
+            return []  # somebody cleared the store under a living client
         for name in _newest_first(names, limit):
             if limit is not None and len(found) >= limit:
                 break
@@ -242,18 +252,24 @@ class Store:
             self.paths.job(job_id).permit(record.nonce).unlink(missing_ok=True)
 
     def remove(self, job_id: str) -> None:
-        """Remove a job from sight by one rename, then from the disk."""
+        """Remove a finished job from sight by one rename, then from the disk.
+
+        Raises:
+            JobNotFoundError: Another client was first.
+            JobNotFinishedError: Another client was first, and has used the id again.
+        """
         directory = self.paths.job(job_id).directory
         trash = self.paths.trash / secrets.token_hex(8)
         with disk_errors_mapped(f"job {job_id} cannot be purged"):
-            try:
+            with held(self.paths.root / "purge.lock"):
+                if not self.read(job_id).info.status.is_terminal:
+                    raise JobNotFinishedError(f"job {job_id!r} has been purged, and is now another that is not over")
                 os.rename(directory, trash)
-            except FileNotFoundError:
-                raise JobNotFoundError(f"there is no job {job_id!r} in {self.paths.root}") from None
+                os.utime(trash)  # a sweep takes what is old for what somebody left behind
             for name in os.listdir(self.paths.index):
                 if name.partition(".")[2] == job_id:
                     (self.paths.index / name).unlink(missing_ok=True)
-            shutil.rmtree(trash)
+            shutil.rmtree(trash, ignore_errors=True)  # what is left of it, a later sweep takes
 
     # Behind it
 
@@ -405,7 +421,8 @@ def _damaged(paths: JobPaths, error: Exception, record: JobRecord | None = None)
 @lru_cache(maxsize=4096)
 def _read_record(path: Path, inode: int, changed_ns: int) -> JobRecord:
     """Read a record, once for as long as its file stays as it is: a client that waits asks often."""
-    return _record_adapter().validate_json(path.read_bytes())
+    # Not validate_json: it refuses the paths that are no UTF-8.
+    return _record_adapter().validate_python(json.loads(path.read_bytes()))
 
 
 @cache

@@ -23,11 +23,12 @@ from fray.backend.local._launch import Launch, supervised
 from fray.backend.local._leftovers import belongs_to_job
 from fray.backend.local._paths import boot_id
 from fray.backend.local._planning import plan_environment
-from fray.backend.local._store import JobRecord, Store, Supervision, disk_errors_mapped
+from fray.backend.local._store import JobRecord, Store, Supervision
 from fray.backend.local._watch import sleep_until_gone
 from fray.cluster import Capabilities, ClusterContext, JobPlan, JobRequest
 from fray.detached import reap_launchers
 from fray.errors import InvalidValueError, PlatformError, UnsupportedError
+from fray.request import check_seconds
 from fray.types import JobInfo, JobStatus, RuntimeEnv, TpuRunConfig
 
 __all__ = ["SubprocessClusterContext"]
@@ -72,11 +73,10 @@ class SubprocessClusterContext(ClusterContext):
         grace_seconds: float = 10.0,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
-        if grace_seconds < 0:
-            raise InvalidValueError(f"grace_seconds cannot be negative: {grace_seconds}")
         root = Path(address).expanduser().absolute() if address else _paths.default_root()
-        self._python = python or sys.executable
-        self._grace_seconds = grace_seconds
+        # Fixed now, whatever PATH and the current directory are when a job is submitted.
+        self._python = os.path.abspath(shutil.which(python) or python) if python else sys.executable
+        self._grace_seconds = check_seconds("grace_seconds", grace_seconds)
         self._cache = Path(cache_dir).expanduser().absolute() if cache_dir else _paths.default_cache()
         self._store = Store(root)
 
@@ -183,7 +183,7 @@ class SubprocessClusterContext(ClusterContext):
             self._sleep_on(known, min(left, _LONGEST_SLEEP_SECONDS))
 
     def _read_logs(self, job_id: str, offset: int, follow: bool) -> Iterator[bytes]:
-        known = self._store.read(job_id)
+        known, asked_at = self._store.read(job_id), time.monotonic()
         try:
             log = self._store.paths.job(job_id).log.open("rb")
         except FileNotFoundError:
@@ -196,8 +196,9 @@ class SubprocessClusterContext(ClusterContext):
                 if not follow or known.info.status.is_terminal:
                     return
                 # Whether the job is over is asked before the next read, so that its last words are not missed.
-                if self._sleep_on(known, _FOLLOW_SECONDS) or known.runner is None:
-                    known = self._store.read(job_id)
+                is_gone = self._sleep_on(known, _FOLLOW_SECONDS) or known.runner is None
+                if is_gone or time.monotonic() - asked_at > _LONGEST_SLEEP_SECONDS:
+                    known, asked_at = self._store.read(job_id), time.monotonic()
 
     def _log_size(self, job_id: str) -> int:
         self._store.read(job_id)
@@ -215,7 +216,7 @@ class SubprocessClusterContext(ClusterContext):
             raise PlatformError(f"job {job_id} has been damaged and cannot be stopped: {error}") from error
         # Read again: a supervisor that has not said who it is yet will see by itself that its permit is gone.
         runner = self._store.read(job_id).runner
-        if runner is not None and belongs_to_job(runner, job_id):
+        if runner is not None and belongs_to_job(runner, job_id, str(self._store.paths.job(job_id).outputs)):
             try:
                 os.kill(runner, signal.SIGTERM)
             except ProcessLookupError:
@@ -230,18 +231,22 @@ class SubprocessClusterContext(ClusterContext):
         self._store.read(job_id)
         source = self._store.paths.job(job_id).outputs
         fetched: list[Path] = []
-        with disk_errors_mapped(f"the outputs of job {job_id} cannot be fetched to {destination}"):
+        try:
             destination.mkdir(parents=True, exist_ok=True)
             for folder, subfolders, files in os.walk(source):
                 below = Path(folder).relative_to(source)
                 for name in sorted(files) + [name for name in subfolders if Path(folder, name).is_symlink()]:
                     origin, copy = Path(folder, name), destination / below / name
-                    if origin.is_symlink() or origin.is_file():
-                        _copy(origin, copy)
+                    if (origin.is_symlink() or origin.is_file()) and _copy(origin, copy):
                         fetched.append(copy)
                 for name in subfolders:
                     if not Path(folder, name).is_symlink():
                         (destination / below / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PlatformError(
+                f"the outputs of job {job_id} cannot be fetched to {str(destination)!r}: {error.strerror or error}: "
+                "fetch them to another directory"
+            ) from error
         return sorted(fetched)
 
     # Behind it
@@ -260,13 +265,18 @@ class SubprocessClusterContext(ClusterContext):
         return True
 
 
-def _copy(origin: Path, copy: Path) -> None:
-    """Copy a file or a link, replacing what is there in one step."""
+def _copy(origin: Path, copy: Path) -> bool:
+    """Copy a file or a link, replacing what is there in one step; False where a running job has just removed it."""
     copy.parent.mkdir(parents=True, exist_ok=True)
     temporary = copy.with_name(f".{secrets.token_hex(8)}.part")
     try:
         shutil.copy2(origin, temporary, follow_symlinks=False)
         os.replace(temporary, copy)
+        return True
+    except FileNotFoundError:
+        if os.path.lexists(origin):
+            raise
+        return False
     finally:
         temporary.unlink(missing_ok=True)
 
