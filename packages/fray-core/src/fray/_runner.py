@@ -265,7 +265,11 @@ class Tree:
             environment = read_file("/proc/%d/environ" % pid)
         except OSError:
             return False
-        theirs = dict(entry.partition(b"=")[::2] for entry in environment.split(b"\0") if entry.startswith(b"FRAY_"))
+        theirs = {}
+        for entry in environment.split(b"\0"):
+            if entry.startswith(b"FRAY_"):
+                name, _, value = entry.partition(b"=")
+                theirs[name] = value
         if theirs.get(b"FRAY_JOB_ID") in (None, self._mine[b"FRAY_JOB_ID"]):
             # One id may be in use on two clusters; a command may well change one of these for what it starts.
             others = (b"FRAY_OUTPUT_DIR", b"FRAY_CLUSTER")
