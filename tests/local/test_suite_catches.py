@@ -50,8 +50,11 @@ class Harness(LocalHarness):
     def _is_ours(self, process: psutil.Process) -> bool:
         """Whether a process was started for a job of this store: a broken backend lists and stops as it likes."""
         try:
-            alive = process.status() != psutil.STATUS_ZOMBIE
-            return alive and process.environ().get("FRAY_OUTPUT_DIR", "").startswith(f"{self.root}/")
+            if process.status() == psutil.STATUS_ZOMBIE or process.pid == os.getpid():
+                return False
+            # A broken backend may have left the variable out: its runner's arguments name the store too.
+            named = [process.environ().get("FRAY_OUTPUT_DIR", ""), *process.cmdline()]
+            return any(each.startswith(f"{self.root}/") for each in named)
         except (psutil.Error, OSError):
             return False
 
