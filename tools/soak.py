@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 
-SUITES = ["tests/local/test_conformance.py", "tests/core/test_local_job_context.py"]
+SUITES = ["tests/local/test_conformance.py", "tests/core/test_local_job_context.py::TestLocalJobContext"]
 SCHEDULES = ["tests/local/test_faults.py", "tests/local/test_environments.py", "tests/core/test_runner.py"]
 
 
