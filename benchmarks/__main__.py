@@ -6,6 +6,7 @@ python -m benchmarks [--only ROW]... [--rounds N] [--quick] [--no-peers] [--chec
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import tempfile
@@ -29,6 +30,8 @@ _ROWS: dict[str, Callable[[Settings], list[Comparison]]] = {
 
 def main() -> int:
     options = _parse()
+    # What is installed has its bytecode; a tree run with this set would be compiled anew in every process.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     machine = machine_facts()
     # Beside the project and not in /tmp, which may be memory, where a durable write is free.
     cache = _HERE.parent / ".cache"
