@@ -65,6 +65,7 @@ class Command:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
+            preexec_fn=_heed_interrupts,
         )
 
     def on_terminal(self, *arguments: str, when_seen: dict[str, Callable[[], object]] | None = None) -> tuple[int, str]:
@@ -82,6 +83,7 @@ class Command:
             stdout=theirs,
             stderr=theirs,
             start_new_session=True,
+            preexec_fn=_heed_interrupts,
         ) as process:
             os.close(theirs)
             screen = b""
@@ -144,6 +146,11 @@ def install_command(
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.2.3\n")
     (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {module}:app\n")
     (info / "RECORD").write_text("")
+
+
+def _heed_interrupts() -> None:
+    """Undo what a shell does to its background jobs, of which this test run may be one: they ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _read(descriptor: int) -> bytes:
