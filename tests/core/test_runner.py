@@ -553,6 +553,39 @@ class TestOutput:
     def test_nothing_dropped_is_not_mentioned(self, start: Starter) -> None:
         assert "dropped_bytes" not in start("echo fine").wait()
 
+    def test_a_directory_gets_the_output_in_files_of_one_size(self, start: Starter) -> None:
+        directory = start.new_directory()
+        data = random.Random(2).randbytes((2 << 22) + 1000)
+        (directory / "data").write_bytes(data)
+        (directory / "log").mkdir()
+        job = start('cat "$HERE/data"', directory=directory, output=f"{directory}/log/")
+        assert job.wait()["log_size"] == len(data)
+        files = sorted((directory / "log").iterdir())
+        assert [(file.name, file.stat().st_size) for file in files] == [
+            ("00000000", 1 << 22),
+            ("00000001", 1 << 22),
+            ("00000002", 1000),
+        ]
+        assert b"".join(file.read_bytes() for file in files) == data
+
+    def test_no_output_leaves_one_empty_file(self, start: Starter) -> None:
+        directory = start.new_directory()
+        (directory / "log").mkdir()
+        assert start("true", directory=directory, output=f"{directory}/log/").wait()["log_size"] == 0
+        assert [(file.name, file.stat().st_size) for file in (directory / "log").iterdir()] == [("00000000", 0)]
+
+    def test_a_copy_gets_all_of_it_too(self, start: Starter) -> None:
+        job = start("echo out; echo err >&2", copy="fd:1", stdout=subprocess.PIPE)
+        assert job.process.stdout
+        assert job.process.stdout.read() == b"out\nerr\n"
+        job.wait()
+        assert job.output == b"out\nerr\n"
+
+    def test_a_copy_that_cannot_be_written_loses_nothing(self, start: Starter) -> None:
+        job = start("echo out", copy="/dev/full")
+        assert "dropped_bytes" not in job.wait()
+        assert job.output == b"out\n"
+
     def test_output_that_cannot_be_opened_fails_the_set_up(self, start: Starter) -> None:
         job = start('touch "$HERE/ran"', output="/nonexistent/output")
         ended = job.wait()
@@ -977,6 +1010,28 @@ class TestDetach:
         job.release()
         assert job.ended()["exit_code"] == 0
         assert job.output == b"done\n"
+
+    @AS_CHILD
+    @pytest.mark.parametrize("when", ["running", "between attempts", "before the handover"])
+    def test_whoever_lets_go_of_the_leash_kills_all_of_it(self, start: Starter, when: str) -> None:
+        leash, other_end = os.pipe()
+        options: dict[str, Any] = {"leash": leash, "pass_fds": [leash], "grace": 600}
+        if when == "running":
+            left = as_role("left", DEAF, before="setsid")
+            job = self.start(start, f"({left} &); {left} & {as_role('left', DEAF)} & {FOREVER}", **options)
+            job.wait_for_output(b"ready", 3)
+        elif when == "between attempts":
+            job = self.start(start, "exit 1", retries=1, retry_delay=600, **options)
+            job.event("exited")
+        else:
+            job = start("echo never", detach="yes", handover="stdin", stdin=subprocess.PIPE, **options)
+            assert job.process.wait(60) == 0
+            job.event("supervised")
+        os.close(leash)
+        os.close(other_end)
+        until(lambda: not job.processes(), "the end of all")
+        assert job.events("ended") == []
+        assert b"never" not in job.output
 
     @AS_CHILD
     def test_it_does_not_keep_the_callers_directory_busy(self, start: Starter) -> None:

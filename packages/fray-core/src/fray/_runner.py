@@ -11,7 +11,8 @@ runner in another language can take its place. It inherits the command's environ
 | option | value |
 | --- | --- |
 | `--journal` | where events go: a path, or `fd:N` (may be preallocated with NULs: the journal ends at the first) |
-| `--output` | where the command's output is appended: a path, or `fd:N` |
+| `--output` | where the command's output is appended: a path, `fd:N`, or a directory (ends in `/`) of files of 4 MiB each |
+| `--copy` | where the output goes a second time, as far as it can be written there: a path, or `fd:N` |
 | `--directory` | the command's working directory, absolute |
 | `--permit` | a path: once it is gone the job is to stop, or not to start; SIGTERM and SIGINT ask for the same |
 | `--grace` | seconds between SIGTERM and SIGKILL (10) |
@@ -22,13 +23,14 @@ runner in another language can take its place. It inherits the command's environ
 | `--handover` | `stdin`: read secrets from there, then wait for its end, at which the job may start (below) |
 | `--handover-timeout` | seconds that this may take |
 | `--hold` | a file descriptor kept open until the last of the tree is gone (a lock, say) |
+| `--leash` | a file descriptor, the read end of a pipe: once nobody holds the other end the whole job is killed |
 | `--detach` | `yes`: outlive the caller, under a guard that cleans up if the runner itself is killed |
 
 The handover is the count of bytes, a newline, and NAME=VALUE pairs each ended by a NUL.
 
 Events, each with `time`: `supervised` (`pid`, `guard`), `started` (`attempt`, `pid`, `offset`), `exited` (`attempt`,
 `exit_code`, `reason`, `retry_in` where another attempt follows), `stopping`, `ended` (`reason`, `exit_code`,
-`dropped_bytes`, `message`). `ended` is the last; what is not there by then did not happen.
+`log_size`, `dropped_bytes`, `message`). `ended` is the last; what is not there by then did not happen.
 """
 
 # Imports are what a runner costs: `os` and `signal` would double its start. These are what those two wrap.
@@ -40,6 +42,8 @@ import time
 
 LINUX = sys.platform == "linux"
 CHUNK = 1 << 20
+# An output directory's files are of this size: whoever reads a range of the output reads few of them.
+SEGMENT = 1 << 22
 LONGEST_RETRY_DELAY = 60.0
 # No single wait is longer, for poll counts milliseconds in 32 bits: whoever waits looks again.
 LONGEST_WAIT = 86400.0
@@ -52,6 +56,8 @@ class Options:
 
     def __init__(self, arguments: "list[str]") -> None:
         self.journal = self.output = self.command = ""
+        self.copy: "str | None" = None
+        self.leash: "int | None" = None
         self.directory: "str | None" = None
         self.permit: "str | None" = None
         self.handover: "str | None" = None
@@ -67,12 +73,12 @@ class Options:
                 raise ValueError("no value for " + arguments[0])
             name, value = arguments[0], arguments[1]
             del arguments[:2]
-            if name in ("--journal", "--output", "--directory", "--permit", "--handover"):
+            if name in ("--journal", "--output", "--copy", "--directory", "--permit", "--handover"):
                 setattr(self, name[2:], value)
             elif name in ("--grace", "--timeout", "--retry-delay", "--not-before", "--handover-timeout"):
                 setattr(self, name[2:].replace("-", "_"), float(value))
-            elif name == "--retries":
-                self.retries = int(value)
+            elif name in ("--retries", "--leash"):
+                setattr(self, name[2:], int(value))
             elif name == "--hold":
                 self.hold.append(int(value))
             elif name == "--detach":
@@ -142,8 +148,10 @@ class Journal:
 class Output:
     """The one stream of the command's output, from a pipe to where it is kept."""
 
-    def __init__(self, where: str) -> None:
-        self._to = open_fd(where, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    def __init__(self, where: str, copy: "str | None") -> None:
+        self._directory = where if where.endswith("/") else None
+        self._to = open_fd(where + "%08d" % 0 if self._directory else where, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._copy = None if copy is None else open_fd(copy, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         try:
             self.offset = os.fstat(self._to).st_size
         except OSError:
@@ -166,9 +174,14 @@ class Output:
                 return
 
     def _keep(self, data: bytes) -> None:
+        if self._copy is not None:
+            try:
+                os.write(self._copy, data)
+            except OSError:
+                pass  # the one that counts is the other
         while data:
             try:
-                written = os.write(self._to, data)
+                written = self._write(data)
             except BlockingIOError:
                 select.select([], [self._to], [])
                 continue
@@ -178,6 +191,16 @@ class Output:
                 return
             self.offset += written
             data = data[written:]
+
+    def _write(self, data: bytes) -> int:
+        if self._directory is None:
+            return os.write(self._to, data)
+        number, used = divmod(self.offset, SEGMENT)
+        if not used and number:
+            following = open_fd(self._directory + "%08d" % number, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.close(self._to)
+            self._to = following
+        return os.write(self._to, data[: SEGMENT - used])
 
 
 class Tree:
@@ -308,7 +331,7 @@ class Runner:
                 return self.end("STOPPED_BY_USER")
             return self.end("LOST", "the submitting client went away before it had handed over the job's environment")
         try:
-            output = self.output = Output(self.options.output)
+            output = self.output = Output(self.options.output, self.options.copy)
         except OSError as error:
             return self.end("SETUP_FAILED", "cannot open the output: %s" % error)
         attempt, delay = 0, self.options.retry_delay
@@ -341,7 +364,7 @@ class Runner:
             # Only a signal counts here: the permit may not be there before the client is done.
             if self.asked or (left is not None and left <= 0):
                 return False
-            poll([0, self.wake], left)
+            self.wait_for([0, self.wake], left)
             self.clear_wake()
             if not poll([0], 0):
                 continue
@@ -459,7 +482,7 @@ class Runner:
                 wait = max(0.0, min(kill_at - now, 0.25))
             elif not decided and self.deadline is not None:
                 wait = max(0.0, self.deadline - now)
-            ready = poll([self.wake, self.output.read_end], wait)
+            ready = self.wait_for([self.wake, self.output.read_end], wait)
             if self.output.read_end in ready:
                 self.output.pump()
             if self.wake in ready:
@@ -492,17 +515,27 @@ class Runner:
             left = until - time.monotonic()
             if left <= 0:
                 return
-            poll([self.wake], left)
+            self.wait_for([self.wake], left)
             self.clear_wake()
 
+    def wait_for(self, fds: "list[int]", seconds: "float | None") -> "list[int]":
+        """Poll; the loss of the leash is the end of this process, and so, by its guard, of all of the job."""
+        leash = self.options.leash
+        ready = poll(fds if leash is None else [*fds, leash], seconds)
+        if leash in ready:
+            self.tree.signal(signal.SIGKILL)
+            os._exit(70)
+        return ready
+
     def end(self, reason: "str | None", message: str = "") -> None:
-        dropped = getattr(getattr(self, "output", None), "dropped", 0)
+        output = getattr(self, "output", None)
         self.journal.write(
             "ended",
             must=True,
             reason=reason,
             exit_code=self.exit_code,
-            dropped_bytes=dropped or None,
+            log_size=output.offset if output else None,
+            dropped_bytes=output.dropped or None if output else None,
             message=message or None,
         )
 
@@ -721,7 +754,7 @@ def main() -> None:
     except ValueError as error:
         complain(str(error))
         os._exit(64)
-    for fd in options.hold:
+    for fd in options.hold if options.leash is None else [*options.hold, options.leash]:
         os.set_inheritable(fd, False)
     guard = detach() if options.detach else None
     Runner(options, guard).run()

@@ -46,6 +46,7 @@ class RunnerEvent:
     exit_code: int | None = None
     reason: TerminationReason | None = None
     retry_in: float | None = None
+    log_size: int | None = None
     dropped_bytes: int = 0
     message: str = ""
 
@@ -60,6 +61,7 @@ class Outcome:
         guard: The process id of the runner's guard, None where it has none.
         sessions: The sessions that the command's attempts ran in.
         last_exit: The attempt's end after which no other attempt follows, if the command has come that far.
+        log_size: How much output there is in all, in bytes, once the job is over.
     """
 
     status: JobStatus = JobStatus.PENDING
@@ -73,6 +75,7 @@ class Outcome:
     guard: int | None = None
     sessions: tuple[int, ...] = ()
     last_exit: RunnerEvent | None = None
+    log_size: int | None = None
 
     def job_info(
         self,
@@ -110,6 +113,7 @@ def runner_arguments(
     *,
     journal: str,
     output: str,
+    copy: str | None = None,
     directory: str | None = None,
     permit: str | None = None,
     grace_seconds: float = 10.0,
@@ -120,12 +124,14 @@ def runner_arguments(
     handover: bool = False,
     handover_timeout_seconds: float | None = None,
     hold: Sequence[int] = (),
+    leash: int | None = None,
     detach: bool = False,
 ) -> list[str]:
     """Return the runner's arguments, to stand behind `python -I -S _runner.py`; its docstring explains each."""
     values: dict[str, object] = {
         "--journal": journal,
         "--output": output,
+        "--copy": copy,
         "--directory": directory,
         "--permit": permit,
         "--grace": grace_seconds,
@@ -135,6 +141,7 @@ def runner_arguments(
         "--not-before": None if not_before is None else f"{not_before:.6f}",
         "--handover": "stdin" if handover else None,
         "--handover-timeout": handover_timeout_seconds,
+        "--leash": leash,
         "--detach": "yes" if detach else None,
     }
     arguments = [text for name, value in values.items() if value is not None for text in (name, str(value))]
@@ -213,6 +220,7 @@ def read_journal(journal: bytes) -> Outcome:
                     guard,
                     tuple(sessions),
                     last_exit,
+                    event.log_size,
                 )
             case _:
                 pass  # a newer runner says more than this reader knows
