@@ -367,6 +367,20 @@ class LetsCallsOverlap(LocalJobContext):
         return Handle(lambda name, values, keywords: self.create_task(getattr(instance, name), values, keywords))
 
 
+@caught_by("test_asynchronous_methods_run_in_the_order_made_too")
+class LeavesCoroutinesUndone(LocalJobContext):
+    def create_actor(self, cls, args=(), kwargs=None, options=None):
+        instance = cls(*args, **(kwargs or {}))
+
+        def call(name, values, keywords):
+            result = getattr(instance, name)(*values, **keywords)
+            if inspect.iscoroutine(result):
+                result.close()
+            return self.put(None if inspect.iscoroutine(result) else result)
+
+        return Handle(call)
+
+
 @caught_by("test_an_actor_survives_a_failing_method")
 class LosesTheStateOfWhatFailed(LocalJobContext):
     def create_actor(self, cls, args=(), kwargs=None, options=None):

@@ -568,6 +568,13 @@ class TestOutput:
         ]
         assert b"".join(file.read_bytes() for file in files) == data
 
+    def test_a_full_file_is_followed_by_the_next_at_once(self, start: Starter) -> None:
+        directory = start.new_directory()
+        (directory / "log").mkdir()
+        job = start(f"head -c {1 << 22} /dev/zero", directory=directory, output=f"{directory}/log/")
+        assert job.wait()["log_size"] == 1 << 22
+        assert sorted(file.name for file in (directory / "log").iterdir()) == ["00000000", "00000001"]
+
     def test_no_output_leaves_one_empty_file(self, start: Starter) -> None:
         directory = start.new_directory()
         (directory / "log").mkdir()

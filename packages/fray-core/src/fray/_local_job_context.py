@@ -7,6 +7,7 @@ end when there is not; they are daemons, so a program that ends does not wait fo
 from __future__ import annotations
 
 import contextvars
+import inspect
 import threading
 import time
 from collections import deque
@@ -254,7 +255,12 @@ class _Actor:
 
     def _invoke(self, method: str, /, *args: Any, **kwargs: Any) -> Any:
         self._constructed.value()
-        return getattr(self._instance, method)(*args, **kwargs)
+        result = getattr(self._instance, method)(*args, **kwargs)
+        if not inspect.iscoroutine(result):
+            return result
+        import asyncio
+
+        return asyncio.run(result)
 
 
 class _Call:

@@ -149,7 +149,8 @@ class Output:
     """The one stream of the command's output, from a pipe to where it is kept."""
 
     def __init__(self, where: str, copy: "str | None") -> None:
-        self._directory = where if where.endswith("/") else None
+        self._directory = where if where.endswith("/") else ""
+        self._number = 0
         self._to = open_fd(where + "%08d" % 0 if self._directory else where, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self._copy = None if copy is None else open_fd(copy, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         try:
@@ -193,14 +194,23 @@ class Output:
             data = data[written:]
 
     def _write(self, data: bytes) -> int:
-        if self._directory is None:
+        if not self._directory:
             return os.write(self._to, data)
         number, used = divmod(self.offset, SEGMENT)
-        if not used and number:
+        self._turn_to(number)
+        written = os.write(self._to, data[: SEGMENT - used])
+        if used + written == SEGMENT:
+            try:
+                self._turn_to(number + 1)  # at once: whoever has read this file looks for the next
+            except OSError:
+                pass  # tried again when there is more to write
+        return written
+
+    def _turn_to(self, number: int) -> None:
+        if number != self._number:
             following = open_fd(self._directory + "%08d" % number, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.close(self._to)
-            self._to = following
-        return os.write(self._to, data[: SEGMENT - used])
+            self._to, self._number = following, number
 
 
 class Tree:

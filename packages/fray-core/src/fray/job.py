@@ -78,8 +78,8 @@ class JobContext(ABC):
     ) -> Any:
         """Make `cls(*args, **kwargs)` elsewhere and return a handle, whose methods return references.
 
-        Calls on one handle run one after the other, in the order made. A method that raises fails its reference,
-        not the actor.
+        Calls on one handle run one after the other, in the order made, those of asynchronous methods too, whose
+        references give what they return. A method that raises fails its reference, not the actor.
 
         Raises:
             InvalidTypeError: `cls` is no class, `args` is no tuple, or `kwargs` no mapping.

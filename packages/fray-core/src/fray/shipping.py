@@ -1,7 +1,8 @@
 """The light part of Fray that travels into every job, so that `from fray import get_job_context` works there.
 
-It holds fray-core's modules without the command and the test suites, and the dist-info by which entry points are
-found. Each backend puts it on the job's `PYTHONPATH`; no package index is asked, and the version is the client's.
+It holds fray-core's modules without the command and the test suites, those of a backend that has a job context of its
+own, and the dist-info by which entry points are found. Each backend puts it on the job's `PYTHONPATH`; no package index
+is asked, and the version is the client's.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def light_part(distributions: Sequence[str] = ("fray-core",)) -> dict[str, bytes
         distributions: fray-core, and whatever holds the backend's own job context.
     """
     from importlib.metadata import distribution
+    from importlib.util import find_spec
 
     files: dict[str, bytes] = {}
     core = Path(__file__).parent
@@ -38,6 +40,12 @@ def light_part(distributions: Sequence[str] = ("fray-core",)) -> dict[str, bytes
         folder = f"{name.replace('-', '_')}-{installed.version}.dist-info"
         for member in ("METADATA", "entry_points.txt"):
             files[f"{folder}/{member}"] = (installed.read_text(member) or "").encode()
+        modules = {entry.value.partition(":")[0] for entry in installed.entry_points}
+        for package in {".".join(module.split(".")[:3]) for module in modules if module.startswith("fray.backend.")}:
+            spec = find_spec(package)
+            for location in (spec and spec.submodule_search_locations) or ():
+                for path in sorted(Path(location).rglob("*.py")):
+                    files[f"{package.replace('.', '/')}/{path.relative_to(location).as_posix()}"] = path.read_bytes()
     return files
 
 

@@ -329,6 +329,14 @@ class JobContextConformance:
             gate.open()
             assert self.values_of(job_context, [first, second]) == [None, ["passed"]]
 
+    def test_asynchronous_methods_run_in_the_order_made_too(self, job_context: JobContext) -> None:
+        """Each from its beginning to its end; the reference gives what it returned."""
+        recorder = job_context.create_actor(_Recorder)
+        refs = [recorder.record_slowly(number) for number in range(5)]
+        assert self.values_of(job_context, refs) == list(range(5))
+        expected = [step for number in range(5) for step in (("begins", number), ("ends", number))]
+        assert self.value_of(job_context, recorder.recorded()) == expected
+
     def test_an_actor_survives_a_failing_method(self, job_context: JobContext) -> None:
         """The exception keeps type and message, the actor its state."""
         counter = job_context.create_actor(_Counter, (1,))
@@ -458,6 +466,14 @@ class _Recorder:
 
     def record_at_gate(self, gate: _Gate) -> None:
         self._recorded.append(_pass_gate(gate, "passed"))
+
+    async def record_slowly(self, value: Any) -> Any:
+        import asyncio
+
+        self._recorded.append(("begins", value))
+        await asyncio.sleep(0.01)
+        self._recorded.append(("ends", value))
+        return value
 
     def recorded(self) -> list[Any]:
         return list(self._recorded)

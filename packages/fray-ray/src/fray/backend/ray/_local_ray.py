@@ -1,0 +1,187 @@
+"""A Ray on this machine, for those who name no cluster: started once a process, and ended with who started it.
+
+It runs under Fray's runner, on a leash: however this process ends, none of Ray's is left behind.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from fray.backend.ray._addresses import local_address
+from fray.backend.ray._internals import PlainKv
+from fray.errors import PlatformError
+from fray.supervision import RunnerEvent, parse_events, runner_arguments, runner_source
+
+__all__ = ["LocalRay", "free_ports"]
+
+_START_SECONDS = 120.0
+_GRACE_SECONDS = 8.0
+# Ray refuses ports from 10002 to 19999 (its workers'), the kernel hands out those above.
+_PORTS = range(20000, 32000)
+
+_lock = threading.Lock()
+_running: LocalRay | None = None
+
+
+class LocalRay:
+    """A handle on the local Ray.
+
+    Attributes:
+        dashboard: Its `http://…` address.
+    """
+
+    def __init__(self, dashboard: str, process: _Process | None) -> None:
+        self.dashboard = dashboard
+        self._process = process
+
+    @classmethod
+    def shared(cls) -> LocalRay:
+        """Return the Ray that runs on this machine, and start one where there is none.
+
+        Raises:
+            PlatformError: It does not start.
+        """
+        global _running
+        with _lock:
+            if _running is not None:
+                return cls(_running.dashboard, None)
+            if (address := local_address()) and (dashboard := _dashboard_at(address)):
+                return cls(dashboard, None)
+            process = _Process()
+            _running = cls(process.dashboard, process)
+            return _running
+
+    def release(self) -> None:
+        """End the local Ray, if this handle is the one that started it."""
+        global _running
+        with _lock:
+            if self._process is not None:
+                self._process.stop()
+                self._process = None
+                _running = None
+
+
+class _Process:
+    """`ray start --head` under the runner."""
+
+    def __init__(self) -> None:
+        port, dashboard_port, agent_port, client_port = free_ports(4)
+        self.dashboard = f"http://127.0.0.1:{dashboard_port}"
+        self._folder = Path(tempfile.mkdtemp(prefix="fray-ray-"))
+        self._journal = self._folder / "journal"
+        command = (
+            f"exec {sys.executable} -m ray.scripts.scripts start --head --block --disable-usage-stats "
+            f"--node-ip-address=127.0.0.1 --port={port} --ray-client-server-port={client_port} "
+            f"--include-dashboard=true --dashboard-host=127.0.0.1 --dashboard-port={dashboard_port} "
+            f"--dashboard-agent-listen-port={agent_port}"
+        )
+        leash, self._leash_end = os.pipe()
+        os.set_inheritable(leash, True)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("FRAY_")}
+        # In its jobs `python` is this one.
+        environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
+        arguments = runner_arguments(
+            command,
+            journal=str(self._journal),
+            output=str(self._folder / "log"),
+            grace_seconds=_GRACE_SECONDS,
+            leash=leash,
+            detach=True,
+        )
+        try:
+            subprocess.run(
+                [sys.executable, "-I", "-S", str(runner_source()), *arguments],
+                env=environment,
+                pass_fds=[leash],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                check=True,
+                start_new_session=True,
+            )
+            self._wait_until_ready(f"127.0.0.1:{port}")
+        except BaseException:
+            self.stop()
+            raise
+        finally:
+            os.close(leash)
+
+    def stop(self) -> None:
+        """End it, and wait until it has."""
+        supervised = [event for event in self._events() if event.event == "supervised"]
+        if supervised and supervised[0].pid is not None and not self._has_ended():
+            try:
+                os.kill(supervised[0].pid, signal.SIGTERM)
+            except ProcessLookupError:
+                pass  # it ended by itself
+            give_up = time.monotonic() + 2 * _GRACE_SECONDS
+            while not self._has_ended() and time.monotonic() < give_up:
+                time.sleep(0.05)
+        os.close(self._leash_end)
+        import shutil
+
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _wait_until_ready(self, address: str) -> None:
+        give_up = time.monotonic() + _START_SECONDS
+        while True:
+            if self._has_ended() or time.monotonic() > give_up:
+                try:
+                    said = (self._folder / "log").read_text(errors="replace").strip()[-2000:]
+                except OSError:
+                    said = ""
+                raise PlatformError(f"a local Ray does not start: {said or 'it says nothing'}")
+            if _dashboard_at(address):
+                return
+            time.sleep(0.1)
+
+    def _events(self) -> list[RunnerEvent]:
+        try:
+            return parse_events(self._journal.read_bytes())
+        except OSError:
+            return []
+
+    def _has_ended(self) -> bool:
+        return any(event.event == "ended" for event in self._events())
+
+
+def _dashboard_at(address: str) -> str | None:
+    """Return the dashboard of the Ray whose head is at an address, once it can be connected to."""
+    kv = PlainKv(address)
+    try:
+        found = kv.get(b"dashboard", b"dashboard")
+        if not found:
+            return None
+        host, _, port = found.decode().rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), 1.0).close()
+        return f"http://{found.decode()}"
+    except (OSError, ValueError):
+        return None
+    finally:
+        kv.close()
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports of this machine that a Ray may be given."""
+    found: set[int] = set()
+    while len(found) < count:
+        if _is_free(port := random.choice(_PORTS)):
+            found.add(port)
+    return list(found)
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True

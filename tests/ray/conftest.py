@@ -1,0 +1,116 @@
+"""One Ray head for all tests of this folder, gone with all its processes at their end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fray.backend.ray._internals import PlainKv
+from fray.backend.ray._local_ray import free_ports
+
+START_SECONDS = 120.0
+
+
+class RayHead:
+    """A head of its own, in a folder of its own, found by nobody who is not told its address."""
+
+    def __init__(self, *, ports: list[int] | None = None, variables: dict[str, str] | None = None) -> None:
+        # A short path: Ray's sockets lie below it, and the kernel allows them a hundred characters.
+        self.folder = Path(tempfile.mkdtemp(prefix="fr-", dir="/tmp"))
+        self.ports = ports or free_ports(4)
+        port, dashboard_port, agent_port, client_port = self.ports
+        self.address = f"127.0.0.1:{port}"
+        self.dashboard = f"http://127.0.0.1:{dashboard_port}"
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+        command += ["--node-ip-address=127.0.0.1", f"--port={port}", f"--ray-client-server-port={client_port}"]
+        command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"]
+        command += [f"--dashboard-agent-listen-port={agent_port}", f"--temp-dir={self.folder}"]
+        command += ["--num-cpus=4", '--resources={"gate": 1}']
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("FRAY_", "RAY_"))}
+        environment |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", **(variables or {})}
+        environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+        self.log = self.folder / "start.log"
+        with self.log.open("wb") as log:
+            self._process = psutil.Process(
+                subprocess.Popen(
+                    command, env=environment, cwd="/", stdout=log, stderr=log, start_new_session=True
+                ).pid
+            )
+        self._known: set[psutil.Process] = set()
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def session_dir(self) -> Path:
+        return (self.folder / "session_latest").resolve()
+
+    def processes(self) -> list[psutil.Process]:
+        """All that belong to it: what descends from its first process, and what says by its arguments that it does."""
+        found = {self._process}
+        with suppress(psutil.Error):
+            found.update(self._process.children(recursive=True))
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if str(self.folder) in " ".join(process.cmdline()) or self._known & set(process.parents()):
+                    found.add(process)
+        self._known |= found
+        return [process for process in self._known if process.is_running() and process.status() != "zombie"]
+
+    def kill(self) -> None:
+        """End it as a power cut would."""
+        give_up = time.monotonic() + 30
+        while left := self.processes():
+            for process in left:
+                with suppress(psutil.Error):
+                    process.send_signal(signal.SIGKILL)
+            assert time.monotonic() < give_up, f"cannot be killed: {left}"
+            time.sleep(0.05)
+        with suppress(psutil.Error, ChildProcessError):
+            self._process.wait(5)
+
+    def stop(self) -> None:
+        """End it and remove its folder."""
+        self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _wait_until_ready(self) -> None:
+        import urllib.request
+
+        give_up = time.monotonic() + START_SECONDS
+        while True:
+            assert self._process.is_running() and self._process.status() != "zombie", self.log.read_text()
+            with suppress(OSError):
+                if PlainKv(self.address).get(b"dashboard", b"dashboard"):
+                    with urllib.request.urlopen(f"{self.dashboard}/api/jobs/", timeout=5):
+                        return
+            assert time.monotonic() < give_up, f"no Ray within {START_SECONDS} s: {self.log.read_text()}"
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="session")
+def ray_head() -> Iterator[RayHead]:
+    head = RayHead()
+    yield head
+    head.stop()
+
+
+@pytest.fixture(autouse=True)
+def no_cluster_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
