@@ -43,9 +43,7 @@ class RayHead:
         self.log = self.folder / "start.log"
         with self.log.open("wb") as log:
             self._process = psutil.Process(
-                subprocess.Popen(
-                    command, env=environment, cwd="/", stdout=log, stderr=log, start_new_session=True
-                ).pid
+                subprocess.Popen(command, env=environment, cwd="/", stdout=log, stderr=log, start_new_session=True).pid
             )
         self._known: set[psutil.Process] = set()
         try:
@@ -92,7 +90,8 @@ class RayHead:
 
         give_up = time.monotonic() + START_SECONDS
         while True:
-            assert self._process.is_running() and self._process.status() != "zombie", self.log.read_text()
+            assert self._process.is_running(), self.log.read_text()
+            assert self._process.status() != "zombie", self.log.read_text()
             with suppress(OSError):
                 if PlainKv(self.address).get(b"dashboard", b"dashboard"):
                     with urllib.request.urlopen(f"{self.dashboard}/api/jobs/", timeout=5):

@@ -82,7 +82,8 @@ def test_delete_job_stops_running_job(harness: RayHarness) -> None:
 
 def test_build_ray_runtime_env_from_fray_env(cluster: fray.ClusterContext) -> None:
     env = RuntimeEnv(["six"], [Resource("CPU", 2), Resource("memory", 1 << 20), Resource("gate", 1)], env={"A": "1"})
-    assert build_ray_runtime_env(env) == {"env_vars": {"A": "1"}, "uv": {"packages": ["six"]}}
+    built = build_ray_runtime_env(env)
+    assert built == {"env_vars": {"A": "1"}, "uv": {"packages": ["six"], "uv_pip_install_options": []}}
     assert build_ray_runtime_env(env, installer="pip")["pip"] == {"packages": ["six"]}
     assert build_ray_runtime_env(RuntimeEnv()) == {}
     native = cluster.plan_job("python train.py", env, metadata={"team": "a"}).native
@@ -177,9 +178,9 @@ def test_options_that_cannot_be_are_refused(tmp_path: Path) -> None:
 
 
 def test_nobody_at_the_address_is_said_at_once() -> None:
-    with pytest.raises(ConnectionFailedError, match="127.0.0.1:1"):
+    with pytest.raises(ConnectionFailedError, match=r"127\.0\.0\.1:1"):
         RayClusterContext("http://127.0.0.1:1")
-    with pytest.raises(ConnectionFailedError, match="127.0.0.1:1"):
+    with pytest.raises(ConnectionFailedError, match=r"127\.0\.0\.1:1"):
         RayClusterContext("127.0.0.1:1")
 
 
@@ -246,7 +247,7 @@ def test_what_no_node_has_is_waited_for_and_said(harness: RayHarness) -> None:
 
 def test_an_unknown_resource_is_refused_unless_it_can_be_brought(ray_head: Head, harness: RayHarness) -> None:
     env = RuntimeEnv([], [Resource("unobtainium", 1)])
-    with pytest.raises(UnsupportedError, match="unobtainium.*gate"):
+    with pytest.raises(UnsupportedError, match=r"unobtainium.*gate"):
         harness.cluster.create_job("true", env)
     with RayHarness(ray_head, autoscaled_resources=["unobtainium"]) as bringing:
         job_id = bringing.cluster.create_job("true", env)
@@ -267,7 +268,7 @@ def test_a_directory_over_the_limit_is_refused_before_anything_is_sent(harness: 
     (directory / "small.txt").write_text("x")
     before = harness.cluster.list_jobs()
     for call in (harness.cluster.plan_job, harness.cluster.create_job):
-        with pytest.raises(InvalidValueError, match="model.bin"):
+        with pytest.raises(InvalidValueError, match=r"model\.bin"):
             call("true", RuntimeEnv(working_dir=str(directory)))
     assert harness.cluster.list_jobs() == before
     info = harness.run("ls", RuntimeEnv(working_dir=str(directory), excludes=["*.bin"]))

@@ -66,8 +66,8 @@ def test_a_function_is_exported_once(job_context: RayJobContext) -> None:
 
 
 def test_functions_that_are_made_anew_do_not_pile_up(job_context: RayJobContext) -> None:
-    for number in range(700):
-        job_context._functions.keep(lambda: number, None, None)
+    for _ in range(700):
+        job_context._functions.keep(lambda: None, None, None)
     assert len(job_context._functions._made) <= 512
 
 

@@ -11,7 +11,7 @@ runner in another language can take its place. It inherits the command's environ
 | option | value |
 | --- | --- |
 | `--journal` | where events go: a path, or `fd:N` (may be preallocated with NULs: the journal ends at the first) |
-| `--output` | where the command's output is appended: a path, `fd:N`, or a directory (ends in `/`) of files of 4 MiB each |
+| `--output` | where the output is appended: a path, `fd:N`, or a directory (it ends in `/`) of files of 4 MiB each |
 | `--copy` | where the output goes a second time, as far as it can be written there: a path, or `fd:N` |
 | `--directory` | the command's working directory, absolute |
 | `--permit` | a path: once it is gone the job is to stop, or not to start; SIGTERM and SIGINT ask for the same |

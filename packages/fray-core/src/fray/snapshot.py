@@ -25,7 +25,27 @@ __all__ = ["Snapshot", "SnapshotFile", "collect", "digest", "write_zip"]
 _NEVER = frozenset({".git", ".venv", "__pycache__"})
 # Compressed already: squeezing them again costs time and gains nothing.
 _COMPRESSED = frozenset(
-    ".7z .bz2 .gz .jpeg .jpg .lz4 .mp3 .mp4 .npz .parquet .png .pt .pth .safetensors .webp .whl .xz .zip .zst".split()
+    [
+        ".7z",
+        ".bz2",
+        ".gz",
+        ".jpeg",
+        ".jpg",
+        ".lz4",
+        ".mp3",
+        ".mp4",
+        ".npz",
+        ".parquet",
+        ".png",
+        ".pt",
+        ".pth",
+        ".safetensors",
+        ".webp",
+        ".whl",
+        ".xz",
+        ".zip",
+        ".zst",
+    ]
 )
 _CHUNK_BYTES = 1 << 20
 _SHOWN_FILES = 10
@@ -68,7 +88,7 @@ class Snapshot:
 
 
 def collect(directory: Path, excludes: Sequence[str] = ()) -> Snapshot:
-    """Find out what of a directory is shipped. Symbolic links are followed; what they lead to is shipped in their place.
+    """Find out what of a directory is shipped. Symbolic links are followed; what they lead to is shipped instead.
 
     The patterns of `.gitignore` files count as git counts them, those in directories above included, up to the
     repository's root. `.frayignore` files have the same syntax, come after them, and may bring back single files of an
@@ -246,9 +266,9 @@ def _may_hold_wanted(levels: tuple[_Level, ...], path: str) -> bool:
         relative = path[len(level.directory) :].lstrip("/") + "/"
         for pattern in level.fray:
             prefix = f"{pattern.prefix}/"
-            if pattern.brings_back and pattern.prefix:
-                if prefix.startswith(relative) or (pattern.is_deep and relative.startswith(prefix)):
-                    return True
+            is_near = prefix.startswith(relative) or (pattern.is_deep and relative.startswith(prefix))
+            if pattern.brings_back and pattern.prefix and is_near:
+                return True
     return False
 
 
@@ -425,8 +445,8 @@ def _too_large(snapshot: Snapshot, limit_bytes: int) -> str:
     largest = ", ".join(f"{file.path} ({_size(file.size)})" for file in snapshot.largest())
     return (
         f"the working directory {str(snapshot.directory)!r} is too large to be shipped: {_size(snapshot.size)} in "
-        f"{len(snapshot.files)} files, compressed more than the {_size(limit_bytes)} that the cluster takes. The largest "
-        f"files: {largest}. Name what the job does not need in .frayignore or excludes, or have the job fetch it"
+        f"{len(snapshot.files)} files, compressed more than the {_size(limit_bytes)} that the cluster takes. The "
+        f"largest files: {largest}. Name what the job does not need in .frayignore or excludes, or have the job fetch it"
     )
 
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fray.backend.local import _paths
-from fray.backend.local._environments import find_uv
 from fray.backend.local._interpreters import command_python
+from fray.uv import find_uv
 
 __all__ = ["checks"]
 

@@ -12,11 +12,10 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["EnvironmentPlan", "build_environment", "find_uv", "uv_environment"]
+__all__ = ["EnvironmentPlan", "build_environment"]
 
 
 class EnvironmentPlan(NamedTuple):
@@ -95,24 +94,6 @@ def build_environment(
         return True
     finally:
         os.close(lock)
-
-
-def uv_environment() -> dict[str, str]:
-    """The environment that uv runs in: the user's, with the system's certificates unless they said otherwise."""
-    environment = dict(os.environ)
-    if not {"UV_SYSTEM_CERTS", "UV_NATIVE_TLS"} & environment.keys():
-        environment["UV_SYSTEM_CERTS"] = "1"
-    for name in ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH", "PYTHONHOME"):
-        environment.pop(name, None)
-    return environment
-
-
-@cache
-def find_uv() -> str:
-    """Return the path of the uv that came with this package."""
-    from uv import find_uv_bin
-
-    return find_uv_bin()
 
 
 def _build(plan: EnvironmentPlan, staging: Path, log: int, run: Callable[[list[str], str, int], int]) -> bool:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from fray.backend.local._environments import EnvironmentPlan, find_uv, uv_environment
+from fray.backend.local._environments import EnvironmentPlan
 from fray.backend.local._interpreters import Interpreter, normalized
-from fray.errors import InvalidValueError
+from fray.uv import export_lock, find_uv
 
 __all__ = ["plan_environment"]
 
@@ -39,7 +38,7 @@ def plan_environment(
     """
     lines, constraints, overlays = "\n".join(requirements) + "\n", "", base.site_folders
     if extras:
-        lines = _export(project, tuple(extras)) + lines
+        lines = export_lock(project, extras, ["--no-dev"]) + lines
         overlays = ()
     else:
         named = {normalized(re.split(r"[\s\[(@;<>=!~]", each.strip(), maxsplit=1)[0]) for each in requirements}
@@ -65,23 +64,6 @@ def plan_environment(
     return EnvironmentPlan(
         find_uv(), key, str(cache_directory / key), base.executable, lines, constraints, overlays, str(project), title
     )
-
-
-def _export(project: Path, extras: tuple[str, ...]) -> str:
-    """Return the requirements that the project's lock gives for the extras."""
-    if not (project / "uv.lock").is_file():
-        raise InvalidValueError(
-            f"extras need a uv.lock in the working directory, and {project} has none: run `uv lock` there"
-        )
-    command = [find_uv(), "export", "--frozen", "--quiet", "--no-dev", "--no-header", "--no-annotate"]
-    for extra in extras:
-        command += ["--extra", extra]
-    done = subprocess.run(
-        command, cwd=project, env=uv_environment(), capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-    if done.returncode != 0:
-        raise InvalidValueError(f"extras {', '.join(extras)} of {project}: {done.stderr.strip()}")
-    return done.stdout
 
 
 def _local_content(requirement: str) -> list[str]:

@@ -16,9 +16,10 @@ from types import FrameType
 from typing import NamedTuple
 
 from fray.backend.local._admission import infeasible, wait_for_admission
-from fray.backend.local._environments import EnvironmentPlan, build_environment, uv_environment
+from fray.backend.local._environments import EnvironmentPlan, build_environment
 from fray.backend.local._files import write_all
 from fray.detached import leave_caller
+from fray.uv import uv_environment
 
 __all__ = ["Setup", "main"]
 

@@ -1,9 +1,9 @@
 """The program that Ray runs as a job's entrypoint: it has the job's command run by Fray's runner, and reports on it.
 
 Started as `python3 -I -S fray_entrypoint.py COMMAND` (a file that is shipped with each job and imports this module
-without the packages above it). It takes the job's secrets from the head's store, sees to it that a job that was deleted before
-it started does not start, gives it a directory of its own, and writes the runner's journal into the metadata of Ray's
-record of the job, where every client reads it. Killed, it takes the job with it: the runner is on its leash.
+without the packages above it). It takes the job's secrets from the head's store, sees to it that a job that was deleted
+before it started does not start, gives it a directory of its own, and writes the runner's journal into the metadata of
+Ray's record of the job, where every client reads it. Killed, it takes the job with it: the runner is on its leash.
 
 Any Python from 3.8 on, the standard library only: each import is paid for by each job.
 """
@@ -120,6 +120,7 @@ class _Job:
         paths = variables.get("PYTHONPATH", "").split(os.pathsep)
         variables["PYTHONPATH"] = os.pathsep.join(work if path == os.getcwd() else path for path in paths if path)
         variables["PWD"] = work
+        variables.update(self._submission.get("exact") or {})
         if not any(os.access(os.path.join(folder, "python"), os.X_OK) for folder in os.get_exec_path()):
             variables["PATH"] = os.pathsep.join([self._python_shim(), variables.get("PATH", os.defpath)])
         variables["FRAY_JOB_ID"] = self._id

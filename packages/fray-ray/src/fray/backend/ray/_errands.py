@@ -11,12 +11,11 @@ import shlex
 import time
 from contextlib import suppress
 
-from ray.job_submission import JobDetails
-
 from fray.backend.ray._internals import JOB_NAMESPACE, SUPERVISOR_NAMESPACE, job_key, package_key, supervisor_name
 from fray.backend.ray._record import ERRAND_KEY, KnownJob
 from fray.backend.ray._rest import RayRest
 from fray.errors import FrayError, PlatformError
+from ray.job_submission import JobDetails
 
 __all__ = ["drop_pending", "is_errand", "remove_files", "sweep"]
 

@@ -1,12 +1,14 @@
 """All that Fray relies on in Ray without Ray's documentation promising it, in one place.
 
-| what | used for | without it |
-| --- | --- | --- |
-| `PUT /api/packages/gcs/NAME`: puts bytes into the head's key-value store | working directories and Fray's own files, as Ray's client does; secrets; the mark of a job that is not to start | no job can be submitted |
-| the store's own protocol, plain gRPC on `RAY_ADDRESS` | a job reads those, and reports what becomes of it, in milliseconds | `ray._raylet.GcsClient`, for an `import ray` (half a second a job) |
-| where the Jobs API keeps a job's record in that store | the same | – |
-| `GET /api/v0/logs…`: files below a node's log folder | exact output, outputs | Ray's own view of the log (`get_job_logs`), no outputs |
-| names of the supervisor actor and its namespace | stopping a job that waits | the job stops when Ray starts it |
+- `PUT /api/packages/gcs/NAME` puts bytes into the head's key-value store: working directories and Fray's own files, as
+  Ray's client does; secrets; the mark of a job that is not to start. Without it no job can be submitted.
+- The store's own protocol, plain gRPC on `RAY_ADDRESS`: a job reads those, and reports what becomes of it, in
+  milliseconds. Without it `ray._raylet.GcsClient` does, for an `import ray` (half a second a job).
+- Where the Jobs API keeps a job's record in that store. Without it a job's own report is missing, and Ray's is told.
+- `GET /api/v0/logs...` gives files below a node's log folder: exact output, outputs. Without it they cannot be read;
+  Ray's own view of the log is in its dashboard.
+- The names of the supervisor actor and its namespace, for stopping a job that waits. Without them it stops when Ray
+  starts it.
 
 Tested against the versions that `TESTED` spans; on others the plain protocol is not used. Part of this runs inside the
 job before anything of Ray is imported there: the standard library only.
@@ -96,7 +98,7 @@ class RayKv:
 
             site.main()
         try:
-            from ray._raylet import GcsClient
+            from ray._raylet import GcsClient  # type: ignore[attr-defined]
         except ImportError as error:
             raise KvError(f"this Python ({sys.executable}) has no ray: {error}") from error
 

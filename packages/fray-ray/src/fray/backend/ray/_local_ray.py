@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from fray.backend.ray._addresses import local_address
@@ -118,10 +119,8 @@ class _Process:
         """End it, and wait until it has."""
         supervised = [event for event in self._events() if event.event == "supervised"]
         if supervised and supervised[0].pid is not None and not self._has_ended():
-            try:
+            with suppress(ProcessLookupError):  # it ended by itself
                 os.kill(supervised[0].pid, signal.SIGTERM)
-            except ProcessLookupError:
-                pass  # it ended by itself
             give_up = time.monotonic() + 2 * _GRACE_SECONDS
             while not self._has_ended() and time.monotonic() < give_up:
                 time.sleep(0.05)

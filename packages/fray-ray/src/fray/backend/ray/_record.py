@@ -6,12 +6,11 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from ray.job_submission import JobDetails, JobErrorType
-from ray.job_submission import JobStatus as RayStatus
-
 from fray.backend.ray._entrypoint import JOURNAL_KEY, SUBMISSION_KEY
 from fray.supervision import Outcome, read_journal
 from fray.types import JobInfo, JobStatus, TerminationReason
+from ray.job_submission import JobDetails, JobErrorType
+from ray.job_submission import JobStatus as RayStatus
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -31,6 +30,7 @@ class Submission:
         submitted_ns: When the client submitted it, by its clock; orders jobs that Ray accepted in one millisecond.
         runner: Options for the runner.
         resources: What the job asks for, by kind.
+        exact: Variables with a `$`, which Ray would take for a reference to another.
         plain: Whether the head's store may be spoken to by the quick way.
         stop: The name in the head's store that says that the job is not to start.
         secrets: The name in the head's store under which its secrets are until it takes them.
@@ -46,6 +46,7 @@ class Submission:
     stop: str
     secrets: str | None = None
     resources: dict[str, float] = field(default_factory=dict)
+    exact: dict[str, str] = field(default_factory=dict)
 
     def as_json(self) -> str:
         """Return it as it stands in the metadata."""
@@ -88,17 +89,17 @@ _STATUS = {
     RayStatus.FAILED: JobStatus.FAILED,
 }
 # What an error of Ray's says of a job of which its runner reported no end.
-_REASONS = {
-    JobErrorType.RUNTIME_ENV_SETUP_FAILURE: TerminationReason.SETUP_FAILED,
-    JobErrorType.JOB_SUPERVISOR_ACTOR_START_FAILURE: TerminationReason.SETUP_FAILED,
-    JobErrorType.JOB_ENTRYPOINT_COMMAND_START_ERROR: TerminationReason.SETUP_FAILED,
-    JobErrorType.JOB_SUPERVISOR_ACTOR_START_TIMEOUT: TerminationReason.INFEASIBLE,
-    JobErrorType.JOB_SUPERVISOR_ACTOR_UNSCHEDULABLE: TerminationReason.INFEASIBLE,
+_REASONS: dict[str | None, TerminationReason] = {
+    JobErrorType.RUNTIME_ENV_SETUP_FAILURE.value: TerminationReason.SETUP_FAILED,
+    JobErrorType.JOB_SUPERVISOR_ACTOR_START_FAILURE.value: TerminationReason.SETUP_FAILED,
+    JobErrorType.JOB_ENTRYPOINT_COMMAND_START_ERROR.value: TerminationReason.SETUP_FAILED,
+    JobErrorType.JOB_SUPERVISOR_ACTOR_START_TIMEOUT.value: TerminationReason.INFEASIBLE,
+    JobErrorType.JOB_SUPERVISOR_ACTOR_UNSCHEDULABLE.value: TerminationReason.INFEASIBLE,
 }
 
 
 def read_job(details: JobDetails) -> KnownJob:
-    """Return what Ray's record says of a job. One in which what Fray stored has been damaged is told as Ray tells it."""
+    """Return what Ray's record says of a job. Where what Fray stored in it has been damaged, it is told as Ray does."""
     metadata = dict(details.metadata or {})
     stored, journal = metadata.pop(SUBMISSION_KEY, None), metadata.pop(JOURNAL_KEY, "")
     if stored is None:
@@ -151,7 +152,7 @@ def _foreign_info(details: JobDetails, metadata: dict[str, str]) -> JobInfo:
         reason = TerminationReason.STOPPED_BY_USER
     elif status is JobStatus.FAILED:
         reason = _REASONS.get(details.error_type, TerminationReason.LOST)
-        if details.error_type is JobErrorType.JOB_ENTRYPOINT_COMMAND_ERROR:
+        if details.error_type == JobErrorType.JOB_ENTRYPOINT_COMMAND_ERROR.value:
             reason = TerminationReason.KILLED if (code or 0) < 0 else TerminationReason.EXITED
     return JobInfo(
         str(details.submission_id),

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from typing import Any
 
-import ray
 import requests
+
+import ray
+from fray.errors import AuthenticationError, ConnectionFailedError, JobNotFoundError, PlatformError
 from ray.dashboard.modules.dashboard_sdk import SubmissionClient
 from ray.job_submission import JobDetails, JobSubmissionClient, JobType
-
-from fray.errors import AuthenticationError, ConnectionFailedError, JobNotFoundError, PlatformError
 
 __all__ = ["HttpError", "RayRest", "Stream"]
 
@@ -134,7 +134,7 @@ class RayRest:
             yield from answer.iter_content(None)
 
     def follow_file(self, node_id: str, name: str, seconds: float) -> Stream:
-        """Return what is in a file below a node's log folder and what will be added to it, looked for every `seconds`."""
+        """Return what is in a file below a node's log folder, and what is added to it, looked for every `seconds`."""
         with self._errors():
             return Stream(self._open("stream", node_id, name, interval=str(seconds)), self._errors)
 
@@ -236,7 +236,7 @@ class Stream:
                 connection.sock.shutdown(socket.SHUT_RDWR)
 
 
-class _Client(JobSubmissionClient):  # type: ignore[misc]
+class _Client(JobSubmissionClient):
     """Ray's client, its one way to the network replaced."""
 
     def __init__(

@@ -12,7 +12,8 @@ import platform
 import secrets
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -187,6 +188,7 @@ class RayClusterContext(ClusterContext):
             fingerprint=request.fingerprint,
             runner=_runner_options(request, self._grace_seconds),
             resources={each.name: each.quantity for each in request.env.minimum_resources if each.quantity},
+            exact={name: value for name, value in request.env.env.items() if "$" in value},
             plain=is_tested(self._rest.ray_version),
             stop=f"fray-stop-{secrets.token_hex(24)}",
             secrets=f"fray-secrets-{secrets.token_hex(24)}" if hidden else None,
@@ -243,16 +245,18 @@ class RayClusterContext(ClusterContext):
         job = self._known(job_id)
         if job.info.status.is_terminal or job.is_over_for_ray:
             return
-        if job.submission is not None:
-            # First the mark, then Ray's own request: a job that did not see the one is there to hear the other.
-            if job.info.status is JobStatus.PENDING:
-                self._rest.put(job.submission.stop, b"stop")
+        if job.submission is None:
             self._rest.stop(job_id)
+            return
+        # First the mark, then Ray's own request: a job that did not see the one is there to hear the other.
+        if job.info.status is JobStatus.PENDING:
+            self._rest.put(job.submission.stop, b"stop")
+        self._rest.stop(job_id)
+        # One that waits for nothing but its turn starts in a moment, finds the mark, and ends.
+        if job.submission.resources or _installs_packages(job):
             job = self._known(job_id)
             if job.details.status == "PENDING":
                 drop_pending(self._rest, job)
-        else:
-            self._rest.stop(job_id)
 
     def _purge(self, job_id: str) -> None:
         from fray.backend.ray._errands import remove_files
@@ -318,8 +322,8 @@ class RayClusterContext(ClusterContext):
                 custom = sorted(each for each in known - {*_KNOWN_RESOURCES} if not each.startswith("node:"))
                 raise UnsupportedError(
                     f"no node of {self.spec} has the resource {name!r}; there are: "
-                    f"{', '.join([*_KNOWN_RESOURCES, *custom])}; one that an autoscaler can bring is named by the option "
-                    "autoscaled_resources"
+                    f"{', '.join([*_KNOWN_RESOURCES, *custom])}; one that an autoscaler can bring is named by the "
+                    "option autoscaled_resources"
                 )
 
     def _upload(self, package: Package) -> None:
@@ -346,10 +350,8 @@ class RayClusterContext(ClusterContext):
                 raise JobExistsError(f"job {job_id} exists on {self.spec}: choose another job_id") from None
 
     def _discard(self, name: str) -> None:
-        try:
+        with suppress(PlatformError):  # it went with the cluster, or lies in its memory under a name that nobody knows
             self._rest.has(name)  # asking for it has Ray remove it after some minutes
-        except PlatformError:
-            pass  # it went with the cluster, or lies in its memory under a name that nobody knows
 
     def _pending_info(self, job: KnownJob) -> JobInfo:
         """Say what a job waits for; settle one whose submission was cut off."""
@@ -376,8 +378,7 @@ class RayClusterContext(ClusterContext):
 
     def _why_pending(self, job: KnownJob) -> str:
         asked = job.submission.resources if job.submission else {}
-        env = job.details.runtime_env or {}
-        installs = "its packages to be installed" if env.get("pip") or env.get("uv") else ""
+        installs = "its packages to be installed" if _installs_packages(job) else ""
         if not asked:
             return f"waiting for {installs or 'Ray to start it'}"
         usage, nodes = self._rest.resources()
@@ -390,6 +391,11 @@ class RayClusterContext(ClusterContext):
             elif total - used < quantity:
                 said.append(f"{quantity:g} {name} ({used:g} of {total:g} in use)")
         return f"waiting for {', '.join(said) or installs or 'Ray to start it'}"
+
+
+def _installs_packages(job: KnownJob) -> bool:
+    env = job.details.runtime_env or {}
+    return bool(env.get("uv") or env.get("pip"))
 
 
 def _connect(dashboard: str, **options: Any) -> RayRest:

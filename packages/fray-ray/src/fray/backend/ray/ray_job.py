@@ -55,6 +55,7 @@ class RayJobContext(JobContext):
     _classes: _Remembered
 
     def __new__(cls) -> Self:
+        """Return the one of this process."""
         with cls._lock:
             if cls._own is None:
                 _connect()
