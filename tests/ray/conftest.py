@@ -25,7 +25,9 @@ START_SECONDS = 120.0
 class RayHead:
     """A head of its own, in a folder of its own, found by nobody who is not told its address."""
 
-    def __init__(self, *, ports: list[int] | None = None, variables: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, *, ports: list[int] | None = None, variables: dict[str, str] | None = None, quick: bool = False
+    ) -> None:
         # A short path: Ray's sockets lie below it, and the kernel allows them a hundred characters.
         self.folder = Path(tempfile.mkdtemp(prefix="fr-", dir="/tmp"))
         self.ports = ports or free_ports(4)
@@ -37,9 +39,12 @@ class RayHead:
         command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"]
         command += [f"--dashboard-agent-listen-port={agent_port}", f"--temp-dir={self.folder}"]
         command += ["--num-cpus=4", '--resources={"gate": 1}']
+        if quick:  # to notice the death of a node
+            command += ['--system-config={"health_check_period_ms": 300, "health_check_failure_threshold": 3}']
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("FRAY_", "RAY_"))}
         environment |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", **(variables or {})}
         environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+        self._environment = environment
         self.log = self.folder / "start.log"
         with self.log.open("wb") as log:
             self._process = psutil.Process(
@@ -67,6 +72,26 @@ class RayHead:
                     found.add(process)
         self._known |= found
         return [process for process in self._known if process.is_running() and process.status() != "zombie"]
+
+    def add_node(self, resources: str) -> psutil.Process:
+        """Start another node of the cluster; return the process that all of it descends from."""
+        (agent_port,) = free_ports(1)
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={self.address}", "--block"]
+        command += ["--disable-usage-stats", "--node-ip-address=127.0.0.1", "--num-cpus=1", f"--resources={resources}"]
+        command += [f"--dashboard-agent-listen-port={agent_port}", f"--temp-dir={self.folder}"]
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                command, env=self._environment, cwd="/", stdout=log, stderr=log, start_new_session=True
+            )
+        node = psutil.Process(process.pid)
+        self._known.add(node)
+        return node
+
+    def kill_node(self, node: psutil.Process) -> None:
+        """End a node as a power cut would."""
+        for process in [node, *node.children(recursive=True)]:
+            with suppress(psutil.Error):
+                process.send_signal(signal.SIGKILL)
 
     def kill(self) -> None:
         """End it as a power cut would."""

@@ -381,16 +381,17 @@ class ClusterContext(ABC):
     def _wait(self, job_id: str, deadline: float | None) -> JobInfo:
         """Return the job once it is over, or as it stands at `deadline` (of `time.monotonic`).
 
-        @plugin-dev: override it where the engine pushes; this polls, from 20 ms on, backing off to a second.
+        @plugin-dev: override it where the engine pushes; this polls, at first every 20 ms, later as often as keeps the
+        lag below a twentieth of the wait, at last every second.
         """
-        pause = 0.02
+        began = time.monotonic()
         while True:
-            info = self._get(job_id)
-            left = None if deadline is None else deadline - time.monotonic()
+            info, now = self._get(job_id), time.monotonic()
+            left = None if deadline is None else deadline - now
             if info.status.is_terminal or (left is not None and left <= 0):
                 return info
+            pause = min(max(0.02, (now - began) / 20), 1.0)
             time.sleep(pause if left is None else min(pause, left))
-            pause = min(pause * 1.5, 1.0)
 
     def _fetch_outputs(self, job_id: str, destination: Path) -> list[Path]:
         """Copy the outputs. @plugin-dev: needed with the capability `outputs`."""

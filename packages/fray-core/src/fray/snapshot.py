@@ -24,29 +24,10 @@ __all__ = ["Snapshot", "SnapshotFile", "collect", "digest", "write_zip"]
 
 _NEVER = frozenset({".git", ".venv", "__pycache__"})
 # Compressed already: squeezing them again costs time and gains nothing.
-_COMPRESSED = frozenset(
-    [
-        ".7z",
-        ".bz2",
-        ".gz",
-        ".jpeg",
-        ".jpg",
-        ".lz4",
-        ".mp3",
-        ".mp4",
-        ".npz",
-        ".parquet",
-        ".png",
-        ".pt",
-        ".pth",
-        ".safetensors",
-        ".webp",
-        ".whl",
-        ".xz",
-        ".zip",
-        ".zst",
-    ]
-)
+_COMPRESSED = {
+    *(".7z", ".bz2", ".gz", ".jpeg", ".jpg", ".lz4", ".mp3", ".mp4", ".npz", ".parquet", ".png", ".pt", ".pth"),
+    *(".safetensors", ".webp", ".whl", ".xz", ".zip", ".zst"),
+}
 _CHUNK_BYTES = 1 << 20
 _SHOWN_FILES = 10
 
@@ -446,7 +427,7 @@ def _too_large(snapshot: Snapshot, limit_bytes: int) -> str:
     return (
         f"the working directory {str(snapshot.directory)!r} is too large to be shipped: {_size(snapshot.size)} in "
         f"{len(snapshot.files)} files, compressed more than the {_size(limit_bytes)} that the cluster takes. The "
-        f"largest files: {largest}. Name what the job does not need in .frayignore or excludes, or have the job fetch it"
+        f"largest files: {largest}. Name what the job does not need in .frayignore or excludes, or have it fetched"
     )
 
 

@@ -61,7 +61,13 @@ class RayRest:
     ) -> None:
         self.address = address
         self._client = _Client(address, headers, dict(cookies or {}), verify, timeout_seconds)
-        self.ray_version = str(self._json("GET", "/api/version")["ray_version"])
+        version = self._json("GET", "/api/version")
+        self.ray_version = str(version["ray_version"])
+        self._session = version.get("session_name")
+
+    def has_restarted(self) -> bool:
+        """Say whether this is another life of the cluster than the one that was connected to."""
+        return bool(self._json("GET", "/api/version").get("session_name") != self._session)
 
     # Jobs
 

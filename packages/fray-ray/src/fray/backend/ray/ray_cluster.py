@@ -117,6 +117,8 @@ class RayClusterContext(ClusterContext):
         self._installer = installer
         self._autoscaled = tuple(autoscaled_resources)
         self._local: LocalRay | None = None
+        # What is being waited for, as it stood: a head that is started anew knows nothing of it.
+        self._awaited: dict[str, JobInfo] = {}
         dashboard = find_dashboard(address, dashboard_address)
         timeout = check_seconds("request_timeout_seconds", request_timeout_seconds)
         ask_headers = headers_of(headers, token_file)
@@ -207,9 +209,23 @@ class RayClusterContext(ClusterContext):
 
     def _get(self, job_id: str) -> JobInfo:
         job = self._known(job_id)
-        if job.info.status is JobStatus.PENDING:
-            return self._pending_info(job)
-        return job.info
+        info = self._pending_info(job) if job.info.status is JobStatus.PENDING else job.info
+        if info.status.is_terminal:
+            self._awaited.pop(job_id, None)
+        else:
+            self._awaited[job_id] = info
+        return info
+
+    def _wait(self, job_id: str, deadline: float | None) -> JobInfo:
+        try:
+            info = super()._wait(job_id, deadline)
+        except JobNotFoundError:
+            last = self._awaited.pop(job_id, None)
+            if last is None or not self._rest.has_restarted():
+                raise
+            return _lost_with_its_head(last)
+        self._awaited.pop(job_id, None)
+        return info
 
     def _fingerprint(self, job_id: str) -> str:
         submission = self._known(job_id).submission
@@ -232,7 +248,12 @@ class RayClusterContext(ClusterContext):
     def _read_logs(self, job_id: str, offset: int, follow: bool) -> Iterator[bytes]:
         from fray.backend.ray._logs import read_log
 
-        return read_log(self._rest, lambda: self._known(job_id), offset, follow)
+        try:
+            yield from read_log(self._rest, lambda: self._known(job_id), offset, follow)
+        except JobNotFoundError:
+            # A log that is followed ends with its head; that the job is lost is for `wait` to tell.
+            if not (follow and self._rest.has_restarted()):
+                raise
 
     def _log_size(self, job_id: str) -> int:
         from fray.backend.ray._logs import log_size
@@ -391,6 +412,21 @@ class RayClusterContext(ClusterContext):
             elif total - used < quantity:
                 said.append(f"{quantity:g} {name} ({used:g} of {total:g} in use)")
         return f"waiting for {', '.join(said) or installs or 'Ray to start it'}"
+
+
+def _lost_with_its_head(last: JobInfo) -> JobInfo:
+    from dataclasses import replace
+
+    from fray.types import TerminationReason
+
+    return replace(
+        last,
+        status=JobStatus.FAILED,
+        end_time=max(time.time(), last.start_time or last.submission_time),
+        exit_code=None,
+        reason=TerminationReason.LOST,
+        message="the head of the Ray cluster was started anew, and has forgotten its jobs",
+    )
 
 
 def _installs_packages(job: KnownJob) -> bool:

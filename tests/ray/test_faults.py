@@ -1,0 +1,253 @@
+"""What goes wrong around a Ray job: clients, nodes and heads that die, broken connections, wrong tokens."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fray
+from fray.errors import AuthenticationError, ConnectionFailedError, JobNotFoundError, PlatformError
+from fray.types import JobStatus, Resource, RuntimeEnv, TerminationReason
+from tests.ray.conftest import RayHead
+from tests.ray.ray_harness import RayHarness
+
+pytestmark = pytest.mark.xdist_group("ray")
+
+SEEDS = range(8 * int(os.environ.get("FRAY_SOAK") or 1))
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    return work
+
+
+@pytest.fixture
+def harness(ray_head: RayHead) -> Iterator[RayHarness]:
+    with RayHarness(ray_head) as harness:
+        yield harness
+
+
+# Clients
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_client_killed_while_it_submits_leaves_nothing_half_done(harness: RayHarness, seed: int) -> None:
+    job_id = f"killed-{seed}-{os.getpid()}"
+    program = f"""
+import fray, sys
+cluster = fray.connect({harness.spec!r}, **{harness.options!r})
+print("connected", flush=True)
+cluster.create_job("echo ran", fray.RuntimeEnv(secrets={{"S": "x"}}), job_id={job_id!r})
+print("submitted", flush=True)
+cluster.wait({job_id!r})
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as client:
+        assert client.stdout
+        assert client.stdout.readline() == b"connected\n"
+        # Up to what a submission takes here, and a bit into the wait.
+        time.sleep(random.Random(seed).uniform(0, 0.15))
+        client.kill()
+        was_told = b"submitted" in client.stdout.read()
+    try:
+        harness.cluster.get_job(job_id)
+    except JobNotFoundError:
+        assert not was_told
+        harness.cluster.create_job("echo ran", job_id=job_id)  # the id is free
+    assert harness.end(job_id).status is JobStatus.SUCCEEDED
+    assert harness.cluster.get_logs(job_id) == "ran\n"
+
+
+def test_fifty_jobs_at_once(harness: RayHarness) -> None:
+    clients = [harness.cluster, harness.connect()]
+    with ThreadPoolExecutor(10) as pool:
+        calls = [
+            pool.submit(clients[number % 2].create_job, f"echo {number}; exit {number % 3}") for number in range(50)
+        ]
+        ids = [call.result() for call in calls]
+    infos = [harness.cluster.wait(job_id, 280) for job_id in ids]
+    assert [info.exit_code for info in infos] == [number % 3 for number in range(50)]
+    assert [harness.cluster.get_logs(job_id) for job_id in ids] == [f"{number}\n" for number in range(50)]
+
+
+# Supervision
+
+
+@pytest.mark.parametrize("whom", ["runner", "supervisor", "entrypoint"])
+def test_whoever_of_its_supervision_is_killed_the_job_is_lost_whole(
+    harness: RayHarness, tmp_path: Path, whom: str
+) -> None:
+    beat = tmp_path / "beat"
+    child = f"trap '' TERM HUP; while :; do echo >> {beat}; sleep 0.05; done"
+    job_id = harness.cluster.create_job(f'echo up; setsid sh -c "{child}" & sh -c "{child}"')
+    harness.until_logged(job_id, b"up")
+    harness.until(beat.exists, "a sign of life")
+    process = {
+        "runner": harness.runner_of,
+        "supervisor": harness.supervisor_of,
+        "entrypoint": harness.entrypoint_of,
+    }[whom](job_id)
+    process.send_signal(signal.SIGKILL)
+    info = harness.end(job_id)
+    assert (info.status, info.reason) == (JobStatus.FAILED, TerminationReason.LOST)
+    assert harness.cluster.get_logs(job_id) == "up\n", "Ray's own words are not the job's"
+    # The supervisor's watch over its child takes a second to look.
+    harness.until(lambda: _is_still(beat), "the end of all its processes")
+    harness.later()
+    assert harness.cluster.get_job(job_id) == info
+
+
+def _is_still(beat: Path) -> bool:
+    size = beat.stat().st_size
+    time.sleep(0.3)  # six beats
+    return beat.stat().st_size == size
+
+
+# Connections
+
+
+def test_a_cluster_that_is_away_for_a_while_is_waited_for(harness: RayHarness) -> None:
+    cluster = harness.cluster
+    job_id = cluster.create_job("i=0; while [ $i -lt 60 ]; do echo line $i; sleep 0.05; i=$((i+1)); done; exit 4")
+    harness.until_logged(job_id, b"line 3")
+    calls: list[Callable[[], Any]] = [lambda: cluster.wait(job_id), lambda: list(cluster.stream_logs(job_id))]
+    with ThreadPoolExecutor(2) as pool:
+        waits = [pool.submit(call) for call in calls]
+        for pause in (0.1, 1.5):
+            with harness.proxy.cut_off():
+                time.sleep(pause)
+            time.sleep(0.3)
+        assert waits[0].result(60).exit_code == 4
+        assert waits[1].result(60) == [f"line {number}" for number in range(60)]
+
+
+def test_a_cluster_that_stays_away_is_said(harness: RayHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fray.cluster._CALL_PATIENCE_SECONDS", 0.5)
+    cluster = harness.cluster
+    job_id = cluster.create_job("true")
+    harness.end(job_id)
+    with harness.proxy.cut_off():
+        for call in (cluster.list_jobs, lambda: cluster.get_job(job_id), lambda: cluster.create_job("true")):
+            with pytest.raises(ConnectionFailedError, match=harness.spec.removeprefix("ray:")):
+                call()
+
+
+def test_a_submission_whose_answer_is_lost_is_looked_up(harness: RayHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    rest = harness.cluster._rest  # type: ignore[attr-defined]
+    submit = rest.submit
+
+    def accepted_and_cut_off(**request: Any) -> None:
+        submit(**request)
+        raise ConnectionFailedError("cut off")
+
+    def cut_off(**request: Any) -> None:
+        raise ConnectionFailedError("cut off")
+
+    monkeypatch.setattr(rest, "submit", accepted_and_cut_off)
+    job_id = harness.cluster.create_job("echo ran")
+    assert harness.end(job_id).status is JobStatus.SUCCEEDED
+    monkeypatch.setattr(rest, "submit", cut_off)
+    with pytest.raises(fray.PlatformError, match="not accepted"):
+        harness.cluster.create_job("true", job_id="never-there")
+    with pytest.raises(fray.JobExistsError):
+        harness.cluster.create_job("true", job_id=job_id)
+
+
+# Nodes and heads
+
+
+def test_a_killed_node_loses_its_job_and_not_what_was_read(tmp_path: Path) -> None:
+    head = RayHead(quick=True)
+    try:
+        node = head.add_node('{"elsewhere": 1}')
+        with RayHarness(head) as harness:
+            env = RuntimeEnv([], [Resource("elsewhere", 1)])
+            job_id = harness.cluster.create_job("echo read; sleep 600", env)
+            lines = harness.cluster.stream_logs(job_id)
+            assert harness.soon(lambda: next(lines), "a line") == "read"
+            head.kill_node(node)
+            assert harness.soon(lambda: list(lines), "the end of the log") == []
+            info = harness.end(job_id)
+            assert (info.status, info.reason) == (JobStatus.FAILED, TerminationReason.LOST)
+            assert info.message
+            with pytest.raises(PlatformError, match="gone"):
+                harness.cluster.read_logs(job_id)
+            harness.cluster.purge_job(job_id)
+    finally:
+        head.stop()
+
+
+def test_a_head_that_is_started_anew_has_forgotten_its_jobs() -> None:
+    head = RayHead()
+    try:
+        with fray.connect(f"ray:{head.dashboard}", request_timeout_seconds=5) as cluster:
+            job_id = cluster.create_job("echo up; sleep 600")
+            lines = cluster.stream_logs(job_id)
+            assert next(lines) == "up"
+            outcome: list[Any] = []
+            waiting = threading.Thread(target=lambda: outcome.append(cluster.wait(job_id)), daemon=True)
+            waiting.start()
+            ports = head.ports
+            head.stop()
+            head = RayHead(ports=ports)
+            waiting.join(120)
+            assert outcome, "the wait came to no end"
+            assert (outcome[0].status, outcome[0].reason) == (JobStatus.FAILED, TerminationReason.LOST)
+            assert "anew" in outcome[0].message
+            assert list(lines) == []
+            with pytest.raises(JobNotFoundError), fray.connect(f"ray:{head.dashboard}") as another:
+                another.wait(job_id)
+    finally:
+        head.stop()
+
+
+def test_a_cluster_with_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef" * 4)
+    head = RayHead(variables={"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
+    try:
+        for wrong in ({}, {"headers": {"Authorization": "Bearer wrong"}}):
+            with pytest.raises(AuthenticationError):
+                fray.connect(f"ray:{head.dashboard}", **wrong)
+        with fray.connect(f"ray:{head.dashboard}", token_file=str(token)) as cluster:
+            program = "import fray; print(len(fray.connect().list_jobs()))"
+            job_id = cluster.create_job(f'echo "$S"; python -c "{program}"', RuntimeEnv(secrets={"S": "handed over"}))
+            assert list(cluster.stream_logs(job_id)) == ["handed over", "1"]
+            assert cluster.wait(job_id, 60).status is JobStatus.SUCCEEDED
+    finally:
+        head.stop()
+
+
+# Secrets
+
+
+def test_a_secret_is_nowhere_while_its_job_waits(harness: RayHarness) -> None:
+    secret = f"s3cret-{os.getpid()}-{time.time_ns()}"
+    with harness.hold_pending() as held:
+        env = RuntimeEnv([], held.minimum_resources, secrets={"PASSPHRASE": secret})
+        job_id = harness.cluster.create_job("echo ${#PASSPHRASE}", env)
+        dropped = harness.cluster.create_job("true", env)
+        _search(harness, secret)
+        harness.cluster.delete_job(dropped)
+        assert harness.end(dropped).status is JobStatus.STOPPED
+    harness.end(job_id)
+    assert harness.cluster.get_logs(job_id) == f"{len(secret)}\n"
+    _search(harness, secret)
+
+
+def _search(harness: RayHarness, secret: str) -> None:
+    for where, content in harness.observable():
+        assert secret.encode() not in content, f"the secret is in {where}"
