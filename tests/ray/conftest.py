@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import psutil
@@ -118,7 +118,9 @@ class RayHead:
             assert self._process.is_running(), self.log.read_text()
             assert self._process.status() != "zombie", self.log.read_text()
             with suppress(OSError):
-                if PlainKv(self.address).get(b"dashboard", b"dashboard"):
+                with closing(PlainKv(self.address)) as kv:
+                    is_up = kv.get(b"dashboard", b"dashboard")
+                if is_up:
                     with urllib.request.urlopen(f"{self.dashboard}/api/jobs/", timeout=5):
                         return
             assert time.monotonic() < give_up, f"no Ray within {START_SECONDS} s: {self.log.read_text()}"

@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 
-from fray.backend.ray._internals import PlainKv, RayKv, connect_kv
+from fray.backend.ray._internals import connect_kv
 from fray.errors import ConnectionFailedError, InvalidTypeError, InvalidValueError
 
 __all__ = ["Headers", "find_dashboard", "headers_of", "local_address"]
@@ -97,10 +98,9 @@ def _dashboard_of(what: str, address: str) -> str:
 
 def _ask_head(address: str) -> str:
     """Ask the head's store where the dashboard is."""
-    kv: PlainKv | RayKv
     try:
-        kv = connect_kv(address, plain=True)
-        found = kv.get(b"dashboard", b"dashboard")
+        with closing(connect_kv(address, plain=True)) as kv:
+            found = kv.get(b"dashboard", b"dashboard")
     except Exception as error:
         raise ConnectionFailedError(f"the head of the Ray cluster at {address} cannot be reached: {error}") from error
     if not found:

@@ -65,7 +65,7 @@ def remove_files(rest: RayRest, job: KnownJob) -> None:
     assert job.submission is not None
     job_id = job.info.id
     names = [job.folder, f"job-driver-{job_id}.log", f"jobs/supervisor-{job_id}.log"]
-    command = f'cd "$(dirname "$(readlink /proc/self/fd/1)")" && rm -rf -- {shlex.join(names)}'
+    command = f'cd "$(dirname "$(readlink /proc/$$/fd/1)")" && rm -rf -- {shlex.join(names)}'
     errand = _send(rest, f"remove {job_id}", command, job.details.driver_node_id)
     deadline, pause = time.monotonic() + _WAIT_SECONDS, 0.05
     while True:
@@ -97,7 +97,7 @@ def _send(rest: RayRest, what: str, command: str, node_id: str | None) -> str:
     errand = f"fray-errand-{secrets.token_hex(8)}"
     # Its own logs are nobody's concern either.
     tidy = (
-        f'cd "$(dirname "$(readlink /proc/self/fd/1)")" && rm -f job-driver-{errand}.log jobs/supervisor-{errand}.log'
+        f'cd "$(dirname "$(readlink /proc/$$/fd/1)")" && rm -f job-driver-{errand}.log jobs/supervisor-{errand}.log'
     )
     where = {"entrypoint_label_selector": {"ray.io/node-id": node_id}} if node_id else {}
     rest.submit(

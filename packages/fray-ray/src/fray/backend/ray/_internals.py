@@ -85,7 +85,7 @@ def connect_kv(address: str, *, plain: bool) -> PlainKv | RayKv:
             kv.get(b"fray")
             return kv
         except OSError:
-            pass  # Ray's own client knows better, or says why not
+            kv.close()  # Ray's own client knows better, or says why not
     return RayKv(address)
 
 
@@ -125,6 +125,9 @@ class RayKv:
             self._client.internal_kv_del(key, False, namespace=namespace or None)
         except Exception as error:
             raise KvError(f"{type(error).__name__}: {error}") from error
+
+    def close(self) -> None:
+        """Nothing: Ray's client closes itself."""
 
 
 class PlainKv:

@@ -37,10 +37,12 @@ class LocalRay:
     """A handle on the local Ray.
 
     Attributes:
-        dashboard: Its `http://…` address.
+        address: Its head's.
+        dashboard: Its dashboard's, `http://…`.
     """
 
-    def __init__(self, dashboard: str, process: _Process | None) -> None:
+    def __init__(self, address: str, dashboard: str, process: _Process | None) -> None:
+        self.address = address
         self.dashboard = dashboard
         self._process = process
 
@@ -54,11 +56,11 @@ class LocalRay:
         global _running
         with _lock:
             if _running is not None:
-                return cls(_running.dashboard, None)
+                return cls(_running.address, _running.dashboard, None)
             if (address := local_address()) and (dashboard := _dashboard_at(address)):
-                return cls(dashboard, None)
+                return cls(address, dashboard, None)
             process = _Process()
-            _running = cls(process.dashboard, process)
+            _running = cls(process.address, process.dashboard, process)
             return _running
 
     def release(self) -> None:
@@ -76,6 +78,7 @@ class _Process:
 
     def __init__(self) -> None:
         port, dashboard_port, agent_port, client_port = free_ports(4)
+        self.address = f"127.0.0.1:{port}"
         self.dashboard = f"http://127.0.0.1:{dashboard_port}"
         self._folder = Path(tempfile.mkdtemp(prefix="fray-ray-"))
         self._journal = self._folder / "journal"
@@ -108,7 +111,7 @@ class _Process:
                 check=True,
                 start_new_session=True,
             )
-            self._wait_until_ready(f"127.0.0.1:{port}")
+            self._wait_until_ready()
         except BaseException:
             self.stop()
             raise
@@ -129,7 +132,7 @@ class _Process:
 
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _wait_until_ready(self, address: str) -> None:
+    def _wait_until_ready(self) -> None:
         give_up = time.monotonic() + _START_SECONDS
         while True:
             if self._has_ended() or time.monotonic() > give_up:
@@ -138,7 +141,7 @@ class _Process:
                 except OSError:
                     said = ""
                 raise PlatformError(f"a local Ray does not start: {said or 'it says nothing'}")
-            if _dashboard_at(address):
+            if _dashboard_at(self.address):
                 return
             time.sleep(0.1)
 

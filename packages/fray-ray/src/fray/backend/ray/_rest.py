@@ -170,11 +170,11 @@ class RayRest:
         nodes = self._json("GET", "/api/v0/nodes", params=params)["data"]["result"]["result"]
         return any(node["state"] == "ALIVE" for node in nodes)
 
-    def has_live_actor(self, name: str) -> bool:
-        """Say whether an actor of this name is alive, or on its way."""
+    def has_actor(self, name: str) -> bool:
+        """Say whether there is, or was, an actor of this name."""
         params = {"filter_keys": "name", "filter_predicates": "=", "filter_values": name}
         actors = self._json("GET", "/api/v0/actors", params=params)["data"]["result"]["result"]
-        return any(actor["state"] != "DEAD" for actor in actors)
+        return bool(actors)
 
     def close(self) -> None:
         """Close the connections."""

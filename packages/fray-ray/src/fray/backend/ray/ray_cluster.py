@@ -384,7 +384,7 @@ class RayClusterContext(ClusterContext):
         if job.details.status != "PENDING":
             return job.info
         age = time.time() - job.info.submission_time
-        if age > _ORPHAN_SECONDS and not self._rest.has_live_actor(supervisor_name(job.info.id)):
+        if age > _ORPHAN_SECONDS and not self._rest.has_actor(supervisor_name(job.info.id)):
             job = self._known(job.info.id)  # it may have come to something meanwhile
             if job.details.status != "PENDING":
                 return job.info
