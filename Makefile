@@ -3,6 +3,8 @@
 PYTHON ?= python3
 export UV_SYSTEM_CERTS ?= 1
 export UV_PYTHON_DOWNLOADS ?= never
+# Set, every process that a test starts would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 # The project's own uv where there is none: a folder of its own, since many Pythons refuse global installs.
 UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
@@ -42,7 +44,7 @@ demo: $(VENV)/.ready
 	@echo && echo "The job left its result in examples/digits/outputs/:" && cat examples/digits/outputs/metrics.json
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .

@@ -25,9 +25,7 @@ START_SECONDS = 120.0
 class RayHead:
     """A head of its own, in a folder of its own, found by nobody who is not told its address."""
 
-    def __init__(
-        self, *, ports: list[int] | None = None, variables: dict[str, str] | None = None, quick: bool = False
-    ) -> None:
+    def __init__(self, *, ports: list[int] | None = None, token: str | None = None, quick: bool = False) -> None:
         # A short path: Ray's sockets lie below it, and the kernel allows them a hundred characters.
         self.folder = Path(tempfile.mkdtemp(prefix="fr-", dir="/tmp"))
         self.ports = ports or free_ports(4)
@@ -42,14 +40,15 @@ class RayHead:
         if quick:  # to notice the death of a node
             command += ['--system-config={"health_check_period_ms": 300, "health_check_failure_threshold": 3}']
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("FRAY_", "RAY_"))}
-        environment |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", **(variables or {})}
+        environment |= {"RAY_AUTH_MODE": "token" if token else "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+        if token:
+            environment["RAY_AUTH_TOKEN"] = token
+        self._token = token
         environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
         self._environment = environment
         self.log = self.folder / "start.log"
-        with self.log.open("wb") as log:
-            self._process = psutil.Process(
-                subprocess.Popen(command, env=environment, cwd="/", stdout=log, stderr=log, start_new_session=True).pid
-            )
+        self._started: list[subprocess.Popen[bytes]] = []
+        self._process = self._start(command)
         self._known: set[psutil.Process] = set()
         try:
             self._wait_until_ready()
@@ -79,11 +78,7 @@ class RayHead:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={self.address}", "--block"]
         command += ["--disable-usage-stats", "--node-ip-address=127.0.0.1", "--num-cpus=1", f"--resources={resources}"]
         command += [f"--dashboard-agent-listen-port={agent_port}", f"--temp-dir={self.folder}"]
-        with self.log.open("ab") as log:
-            process = subprocess.Popen(
-                command, env=self._environment, cwd="/", stdout=log, stderr=log, start_new_session=True
-            )
-        node = psutil.Process(process.pid)
+        node = self._start(command)
         self._known.add(node)
         return node
 
@@ -102,13 +97,21 @@ class RayHead:
                     process.send_signal(signal.SIGKILL)
             assert time.monotonic() < give_up, f"cannot be killed: {left}"
             time.sleep(0.05)
-        with suppress(psutil.Error, ChildProcessError):
-            self._process.wait(5)
+        for process in self._started:
+            process.wait(30)
 
     def stop(self) -> None:
         """End it and remove its folder."""
         self.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _start(self, command: list[str]) -> psutil.Process:
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                command, env=self._environment, cwd="/", stdout=log, stderr=log, start_new_session=True
+            )
+        self._started.append(process)
+        return psutil.Process(process.pid)
 
     def _wait_until_ready(self) -> None:
         import urllib.request
@@ -118,10 +121,13 @@ class RayHead:
             assert self._process.is_running(), self.log.read_text()
             assert self._process.status() != "zombie", self.log.read_text()
             with suppress(OSError):
-                with closing(PlainKv(self.address)) as kv:
+                with closing(PlainKv(self.address, self._token)) as kv:
                     is_up = kv.get(b"dashboard", b"dashboard")
                 if is_up:
-                    with urllib.request.urlopen(f"{self.dashboard}/api/jobs/", timeout=5):
+                    headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+                    with urllib.request.urlopen(
+                        urllib.request.Request(f"{self.dashboard}/api/jobs/", headers=headers), timeout=5
+                    ):
                         return
             assert time.monotonic() < give_up, f"no Ray within {START_SECONDS} s: {self.log.read_text()}"
             time.sleep(0.1)

@@ -8,6 +8,7 @@ import selectors
 import signal
 import socket
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -93,8 +94,11 @@ class RayHarness(ClusterHarness):
 
     def observable(self) -> Iterator[tuple[str, bytes]]:
         for question in _QUESTIONS:
-            with urllib.request.urlopen(self.head.dashboard + question, timeout=30) as answer:
-                yield question, answer.read()
+            try:
+                with urllib.request.urlopen(self.head.dashboard + question, timeout=30) as answer:
+                    yield question, answer.read()
+            except urllib.error.HTTPError as error:
+                raise AssertionError(f"{question}: {error.read()[:2000]!r}") from error
         for path in self.head.session_dir.rglob("*"):
             with suppress(OSError):
                 if path.is_file():

@@ -174,6 +174,8 @@ def test_a_killed_node_loses_its_job_and_not_what_was_read(tmp_path: Path) -> No
     try:
         node = head.add_node('{"elsewhere": 1}')
         with RayHarness(head) as harness:
+            rest = harness.cluster._rest  # type: ignore[attr-defined]
+            harness.until(lambda: "elsewhere" in rest.resources()[0], "the node to join")
             env = RuntimeEnv([], [Resource("elsewhere", 1)])
             job_id = harness.cluster.create_job("echo read; sleep 600", env)
             lines = harness.cluster.stream_logs(job_id)
@@ -217,7 +219,7 @@ def test_a_head_that_is_started_anew_has_forgotten_its_jobs() -> None:
 def test_a_cluster_with_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     token = tmp_path / "token"
     token.write_text("0123456789abcdef" * 4)
-    head = RayHead(variables={"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
+    head = RayHead(token=token.read_text())
     try:
         for wrong in ({}, {"headers": {"Authorization": "Bearer wrong"}}):
             with pytest.raises(AuthenticationError):

@@ -77,7 +77,8 @@ def test_delete_job_stops_running_job(harness: RayHarness) -> None:
     harness.until_logged(job_id, b"up")
     harness.cluster.delete_job(job_id)
     assert harness.end(job_id).status is JobStatus.STOPPED
-    assert harness.cluster._rest.job(job_id).status == "STOPPED"  # type: ignore[attr-defined]
+    rest = harness.cluster._rest  # type: ignore[attr-defined]
+    harness.until(lambda: rest.job(job_id).status == "STOPPED", "Ray's own word for it")
 
 
 def test_build_ray_runtime_env_from_fray_env(cluster: fray.ClusterContext) -> None:
@@ -254,11 +255,14 @@ def test_an_unknown_resource_is_refused_unless_it_can_be_brought(ray_head: Head,
         assert "unobtainium" in bringing.cluster.get_job(job_id).message
 
 
-def test_packages_that_cannot_be_had_fail_the_job_with_the_installers_words(harness: RayHarness) -> None:
-    info = harness.run("echo never", RuntimeEnv(["no-such-distribution-4f1c==1.0"]))
-    assert (info.status, info.reason) == (JobStatus.FAILED, TerminationReason.SETUP_FAILED)
-    assert "no-such-distribution-4f1c" in harness.cluster.get_logs(info.id)
-    assert harness.lines(info.id)
+def test_a_job_whose_packages_are_being_installed_can_be_stopped(harness: RayHarness) -> None:
+    env = RuntimeEnv(["no-such-distribution-4f1c==1.0"])
+    job_id = harness.cluster.create_job("echo never", env)
+    harness.until(lambda: "packages" in harness.cluster.get_job(job_id).message, "what it waits for")
+    harness.cluster.delete_job(job_id)
+    # Now, and not when the installer gives up.
+    info = harness.end(job_id)
+    assert (info.status, info.reason) == (JobStatus.STOPPED, TerminationReason.STOPPED_BY_USER)
 
 
 def test_a_directory_over_the_limit_is_refused_before_anything_is_sent(harness: RayHarness, tmp_path: Path) -> None:
@@ -303,7 +307,7 @@ def test_executables_stay_executable(harness: RayHarness) -> None:
 
 
 def test_modules_of_the_working_directory_do_not_break_the_entrypoint(harness: RayHarness) -> None:
-    for name in ("json", "select", "signal", "struct", "fray", "types"):
+    for name in ("fray", "fray_entrypoint"):
         Path(f"{name}.py").write_text("raise SystemExit('the wrong one')")
     info = harness.run("echo fine")
     assert harness.cluster.get_logs(info.id) == "fine\n", info
@@ -333,8 +337,12 @@ def test_errands_are_not_shown_and_not_left(harness: RayHarness, ray_head: Head)
     info = harness.run("true")
     harness.cluster.purge_job(info.id)
     client = JobSubmissionClient(ray_head.dashboard)
-    assert not [job for job in client.list_jobs() if job.submission_id and job.submission_id.startswith("fray-errand")]
-    assert not [each.id for each in harness.cluster.list_jobs() if "errand" in each.id]
+
+    def is_swept() -> bool:
+        assert not [each.id for each in harness.cluster.list_jobs() if "errand" in each.id]
+        return not [job for job in client.list_jobs() if "errand" in (job.submission_id or "")]
+
+    harness.until(is_swept, "the end of all errands")
 
 
 def test_submitting_starts_no_ray_here(harness: RayHarness) -> None:

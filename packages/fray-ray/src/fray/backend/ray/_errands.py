@@ -96,9 +96,7 @@ def sweep(rest: RayRest, jobs: list[JobDetails]) -> None:
 def _send(rest: RayRest, what: str, command: str, node_id: str | None) -> str:
     errand = f"fray-errand-{secrets.token_hex(8)}"
     # Its own logs are nobody's concern either.
-    tidy = (
-        f'cd "$(dirname "$(readlink /proc/$$/fd/1)")" && rm -f job-driver-{errand}.log jobs/supervisor-{errand}.log'
-    )
+    tidy = f'cd "$(dirname "$(readlink /proc/$$/fd/1)")" && rm -f job-driver-{errand}.log jobs/supervisor-{errand}.log'
     where = {"entrypoint_label_selector": {"ray.io/node-id": node_id}} if node_id else {}
     rest.submit(
         entrypoint=f"( {command} ); code=$?; ( {tidy} ); exit $code",

@@ -84,8 +84,11 @@ def connect_kv(address: str, *, plain: bool) -> PlainKv | RayKv:
         try:
             kv.get(b"fray")
             return kv
-        except OSError:
-            kv.close()  # Ray's own client knows better, or says why not
+        except KvError:
+            kv.close()  # somebody is there, and Ray's own client knows better how to speak with them
+        except OSError as error:
+            kv.close()
+            raise KvError(f"{address}: {error.strerror or error}") from error
     return RayKv(address)
 
 
