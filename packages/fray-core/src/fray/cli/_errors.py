@@ -34,7 +34,7 @@ EXIT_CODES_HELP = """\b
 Exit codes:
   run and wait exit as the job's command did; where it has no exit code of
   its own, or one of 0 and yet did not succeed:
-    125  the job failed (not set up, lost, too large, out of time, ...)
+    125  the job failed (not set up, lost, too large, ...)
     143  the job was stopped
   and all commands with:
     0    done

@@ -49,7 +49,7 @@ def find_dashboard(address: str | None, dashboard_address: str | None) -> str | 
 def local_address() -> str | None:
     """Return the address of the head of the Ray cluster that was started on this machine last, if it says so."""
     try:
-        written = Path("/tmp/ray/ray_current_cluster").read_text().strip()
+        written = Path(os.environ.get("RAY_TMPDIR") or "/tmp", "ray", "ray_current_cluster").read_text().strip()
     except OSError:
         return None
     return written or None

@@ -12,7 +12,7 @@ import platform
 import secrets
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -133,6 +133,13 @@ class RayClusterContext(ClusterContext):
     def spec(self) -> str:
         """`ray:` and the address of the dashboard."""
         return f"{self.name}:{self._rest.address}"
+
+    @classmethod
+    def doctor(cls) -> Iterable[tuple[bool, str, str]]:
+        """Check the version of Ray, and say which cluster is meant where none is named."""
+        from fray.backend.ray._doctor import checks
+
+        return checks()
 
     def close(self) -> None:
         """Release the client; jobs go on, unless this instance started the local Ray that they run on."""
