@@ -166,6 +166,34 @@ def test_a_submission_whose_answer_is_lost_is_looked_up(harness: RayHarness, mon
         harness.cluster.create_job("true", job_id=job_id)
 
 
+def test_what_rays_monitor_writes_of_a_purged_job_is_no_job(harness: RayHarness) -> None:
+    cluster = harness.cluster
+    rest = cluster._rest  # type: ignore[attr-defined]
+    job_id = f"ghost-{os.getpid()}"
+    cluster.create_job("true", job_id=job_id)
+    harness.end(job_id)
+    harness.until(lambda: rest.job(job_id).status == "SUCCEEDED", "Ray's own end")
+    rest.delete(job_id)  # as soon as that, while the monitor looks every second
+    try:
+        harness.until(lambda: _has(rest, job_id), "the monitor to write of it")
+    except AssertionError:
+        pytest.fail("this version of Ray leaves deleted jobs alone: what is done about it can go")
+    assert job_id not in [info.id for info in cluster.list_jobs()]
+    with pytest.raises(JobNotFoundError):
+        cluster.get_job(job_id)
+    cluster.create_job("echo again", job_id=job_id)
+    assert harness.end(job_id).status is JobStatus.SUCCEEDED
+    assert cluster.get_logs(job_id) == "again\n"
+
+
+def _has(rest: Any, job_id: str) -> bool:
+    try:
+        rest.job(job_id)
+    except JobNotFoundError:
+        return False
+    return True
+
+
 # Nodes and heads
 
 

@@ -14,12 +14,14 @@ from contextlib import suppress
 from fray.backend.ray._internals import JOB_NAMESPACE, SUPERVISOR_NAMESPACE, job_key, package_key, supervisor_name
 from fray.backend.ray._record import ERRAND_KEY, KnownJob
 from fray.backend.ray._rest import RayRest
-from fray.errors import FrayError, PlatformError
+from fray.errors import FrayError, JobNotFoundError, PlatformError
 from ray.job_submission import JobDetails
 
-__all__ = ["drop_pending", "is_errand", "remove_files", "sweep"]
+__all__ = ["drop_ghost", "drop_pending", "is_hidden", "remove_files", "seconds_until_deletable", "sweep"]
 
 _WAIT_SECONDS = 60.0
+_MONITOR_SECONDS = 2.5
+_GHOST_ENTRYPOINT = "Entrypoint not found."
 
 # Runs on the head. The record says STOPPED before the actor dies, so that Ray's own monitor finds nothing to report; a
 # supervisor that starts in between finds a job that is over, and the job's entrypoint that it is deleted.
@@ -76,21 +78,40 @@ def remove_files(rest: RayRest, job: KnownJob) -> None:
             raise PlatformError(f"the files of job {job_id} are not removed yet: purge it again later")
         time.sleep(pause)
         pause = min(pause * 1.2, 0.5)
-    _forget(rest, errand)
     if details.status != "SUCCEEDED":
         raise PlatformError(f"the files of job {job_id} cannot be removed from its node: {details.message}")
 
 
-def is_errand(details: JobDetails) -> bool:
-    """Say whether a job is none of the user's."""
-    return ERRAND_KEY in (details.metadata or {})
+def is_hidden(details: JobDetails) -> bool:
+    """Say whether a record is of no job of the user's: of an errand, or of one that has been purged."""
+    return ERRAND_KEY in (details.metadata or {}) or details.entrypoint == _GHOST_ENTRYPOINT
 
 
 def sweep(rest: RayRest, jobs: list[JobDetails]) -> None:
-    """Drop the records of errands that are done."""
+    """Drop the records of errands that are done, and of jobs that have been purged."""
     for details in jobs:
-        if is_errand(details) and details.status.is_terminal():
-            _forget(rest, str(details.submission_id))
+        if is_hidden(details) and details.status.is_terminal() and not seconds_until_deletable(details):
+            with suppress(FrayError):  # whoever lists jobs next does it
+                rest.delete(str(details.submission_id))
+
+
+def drop_ghost(rest: RayRest, job_id: str) -> bool:
+    """Drop what Ray's monitor wrote of a job that has been purged; say whether there was that."""
+    with suppress(JobNotFoundError):
+        if rest.job(job_id).entrypoint == _GHOST_ENTRYPOINT:
+            rest.delete(job_id)
+            return True
+    return False
+
+
+def seconds_until_deletable(details: JobDetails) -> float:
+    """Return how long to wait before the record of a finished job is deleted.
+
+    Ray's monitor of a job looks every second. One that finds no record of a job that it watches writes one, of a job
+    that failed, with an entrypoint that was not found.
+    """
+    ended = (details.end_time or 0) / 1000
+    return min(max(0.0, ended + _MONITOR_SECONDS - time.time()), _MONITOR_SECONDS)
 
 
 def _send(rest: RayRest, what: str, command: str, node_id: str | None) -> str:
@@ -105,8 +126,3 @@ def _send(rest: RayRest, what: str, command: str, node_id: str | None) -> str:
         **where,
     )
     return errand
-
-
-def _forget(rest: RayRest, errand: str) -> None:
-    with suppress(FrayError):  # whoever lists jobs next does it
-        rest.delete(errand)

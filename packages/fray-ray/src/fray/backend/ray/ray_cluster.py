@@ -239,12 +239,12 @@ class RayClusterContext(ClusterContext):
         return submission.fingerprint if submission else ""
 
     def _list(self, status: JobStatus | None, limit: int | None) -> list[JobInfo]:
-        from fray.backend.ray._errands import is_errand, sweep
+        from fray.backend.ray._errands import is_hidden, sweep
         from fray.backend.ray._record import read_job
 
         found = self._rest.jobs()
         sweep(self._rest, found)
-        jobs = [read_job(details) for details in found if not is_errand(details)]
+        jobs = [read_job(details) for details in found if not is_hidden(details)]
         jobs.sort(
             key=lambda job: (job.info.submission_time, job.submission.submitted_ns if job.submission else 0),
             reverse=True,
@@ -287,7 +287,7 @@ class RayClusterContext(ClusterContext):
                 drop_pending(self._rest, job)
 
     def _purge(self, job_id: str) -> None:
-        from fray.backend.ray._errands import remove_files
+        from fray.backend.ray._errands import remove_files, seconds_until_deletable
 
         deadline, pause = time.monotonic() + _SETTLE_SECONDS, 0.02
         while not (job := self._known(job_id)).is_over_for_ray:
@@ -301,6 +301,7 @@ class RayClusterContext(ClusterContext):
         node = job.details.driver_node_id
         if job.submission is not None and node and self._rest.has_node(node):
             remove_files(self._rest, job)
+        time.sleep(seconds_until_deletable(job.details))
         self._rest.delete(job_id)
 
     def _fetch_outputs(self, job_id: str, destination: Path) -> list[Path]:
@@ -311,11 +312,11 @@ class RayClusterContext(ClusterContext):
     # Behind it
 
     def _known(self, job_id: str) -> KnownJob:
-        from fray.backend.ray._errands import is_errand
+        from fray.backend.ray._errands import is_hidden
         from fray.backend.ray._record import read_job
 
         details = self._rest.job(job_id)
-        if is_errand(details):
+        if is_hidden(details):
             raise JobNotFoundError(f"there is no job {job_id} on {self.spec}")
         return read_job(details)
 
@@ -359,6 +360,7 @@ class RayClusterContext(ClusterContext):
             self._rest.put(package.name, package.content)
 
     def _post(self, native: dict[str, Any], submission: Any) -> None:
+        from fray.backend.ray._errands import drop_ghost
         from fray.backend.ray._rest import HttpError
 
         job_id = native["submission_id"]
@@ -366,6 +368,9 @@ class RayClusterContext(ClusterContext):
             self._rest.submit(**native)
         except HttpError as error:
             if "already exists" in error.text:
+                if drop_ghost(self._rest, job_id):
+                    self._post(native, submission)
+                    return
                 raise JobExistsError(f"job {job_id} exists on {self.spec}: choose another job_id") from None
             raise SubmissionError(f"job {job_id} was not accepted: {error}") from error
         except ConnectionFailedError as error:

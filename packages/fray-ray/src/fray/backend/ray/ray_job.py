@@ -119,7 +119,12 @@ class RayJobContext(JobContext):
         if not refs:
             return [], []
         ready = set(ray.wait(list(refs), num_returns=num_returns, timeout=timeout, fetch_local=False)[0])
-        return [ref for ref in refs if ref in ready], [ref for ref in refs if ref not in ready]
+        if num_returns < len(refs):
+            # Ray gives any that are done; the first of them are meant.
+            ready.update(ray.wait(list(refs), num_returns=len(refs), timeout=0, fetch_local=False)[0])
+        done = [ref for ref in refs if ref in ready][:num_returns]
+        chosen = set(done)
+        return done, [ref for ref in refs if ref not in chosen]
 
     def put(self, obj: Any) -> Any:
         """See `JobContext.put`."""
