@@ -12,6 +12,7 @@ import time
 
 SUITES = ["tests/local/test_conformance.py", "tests/core/test_local_job_context.py::TestLocalJobContext"]
 SCHEDULES = ["tests/local/test_faults.py", "tests/local/test_environments.py", "tests/core/test_runner.py"]
+SCHEDULES += ["tests/ray/test_faults.py"]
 
 
 def main() -> int:
@@ -42,7 +43,7 @@ def main() -> int:
 
 def pytest(*files: str, **variables: str) -> "subprocess.CompletedProcess[str]":
     """Run test files; return what came of it."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "8", "-p", "no:cacheprovider", "-m", "", *files]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "8", "--dist", "loadgroup", "-p", "no:cacheprovider", "-m", "", *files]
     return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
 
 

@@ -10,7 +10,7 @@ import logging
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import requests
 
@@ -297,12 +297,10 @@ class _Client(JobSubmissionClient):
     def _check_connection_and_version(self, *args: object, **kwargs: object) -> None:
         """Nothing: the version is asked for once, when the cluster is connected to."""
 
-    def _raise_error(self, answer: requests.Response) -> None:
-        text = answer.text.strip()
-        last = text.splitlines()[-1] if text else answer.reason
-        raise HttpError(
-            f"the Ray cluster at {self._address} answered {answer.status_code}: {last}", answer.status_code, text
-        )
+    def _raise_error(self, r: requests.Response) -> NoReturn:
+        text = r.text.strip()
+        last = text.splitlines()[-1] if text else r.reason
+        raise HttpError(f"the Ray cluster at {self._address} answered {r.status_code}: {last}", r.status_code, text)
 
 
 def _innermost(error: BaseException) -> BaseException:

@@ -114,7 +114,7 @@ class RayClusterContext(ClusterContext):
         self._address = address
         self._grace_seconds = check_seconds("grace_seconds", grace_seconds)
         self._setup_timeout_seconds = check_seconds("setup_timeout_seconds", setup_timeout_seconds)
-        self._installer = installer
+        self._installer: Installer = installer
         self._autoscaled = tuple(autoscaled_resources)
         self._local: LocalRay | None = None
         # What is being waited for, as it stood: a head that is started anew knows nothing of it.

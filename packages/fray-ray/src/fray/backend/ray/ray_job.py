@@ -97,6 +97,7 @@ class RayJobContext(JobContext):
     def get(self, ref: Any) -> Any:
         """See `JobContext.get`. What is no reference is its own value."""
         import ray
+        from ray.exceptions import RayError
 
         try:
             if isinstance(ref, ray.ObjectRef):
@@ -105,7 +106,7 @@ class RayJobContext(JobContext):
                 return ref
             if all(isinstance(each, ray.ObjectRef) for each in ref):
                 return ray.get(ref)
-        except (ray.exceptions.RayError, ray.exceptions.RayTaskError) as error:
+        except RayError as error:
             _raise_original(error)
         return [self.get(each) for each in ref]
 
@@ -341,14 +342,14 @@ def _keep_off_tpu(keep: bool) -> None:
 
 def _raise_original(error: Exception) -> NoReturn:
     """Raise what the task raised, with Ray's error as its cause; or a `PlatformError` where Ray itself failed."""
-    import ray
+    from ray.exceptions import RayError, RayTaskError
 
     cause: Any = error
-    while isinstance(cause, ray.exceptions.RayTaskError):
+    while isinstance(cause, RayTaskError):
         cause = cause.cause
     if isinstance(cause, _Exited):
         raise SystemExit(*cause.args) from error
-    if isinstance(cause, ray.exceptions.RayError) or cause is error:
+    if isinstance(cause, RayError) or cause is error:
         said = str(cause).strip().splitlines()
         raise PlatformError(
             f"Ray could not run a task or an actor to its end: {type(cause).__name__}: {' '.join(said[:3])}"
