@@ -43,7 +43,8 @@ def main() -> int:
 
 def pytest(*files: str, **variables: str) -> "subprocess.CompletedProcess[str]":
     """Run test files; return what came of it."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "8", "--dist", "loadgroup", "-p", "no:cacheprovider", "-m", "", *files]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "8", "--dist", "loadgroup", "-p", "no:cacheprovider"]
+    command += ["-m", "", *files]
     return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
 
 
