@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -220,7 +221,10 @@ def _connect() -> None:
     if ray.is_initialized():
         return
     try:
-        ray.init(address="auto", logging_level=logging.WARNING)
+        with warnings.catch_warnings():
+            # Until Ray 2.55 it told each driver of what will change for GPUs.
+            warnings.simplefilter("ignore", FutureWarning)
+            ray.init(address="auto", logging_level=logging.WARNING)
     except ConnectionError as error:
         raise PlatformError(
             f"there is no Ray to run tasks on: {error}; run this as a job of a Ray cluster (`fray run -c ray`), or "
