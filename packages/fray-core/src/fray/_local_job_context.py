@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from fray.errors import InvalidTypeError, InvalidValueError
-from fray.job import JobContext, check_call
+from fray.job import JobContext, check_call, check_wait
 from fray.types import ActorOptions, ActorRef, ObjectRef, TaskOptions
 
 __all__ = ["LocalJobContext"]
@@ -88,7 +88,7 @@ class LocalJobContext(JobContext):
             InvalidValueError: A reference is there twice, `num_returns` is below 1 or above their number, or
                 `timeout` is negative.
         """
-        _check_wait(refs, num_returns, timeout)
+        check_wait(refs, num_returns, timeout, LocalObjectRef)
         if not refs:
             return [], []
         deadline = None if timeout is None else time.monotonic() + min(timeout, threading.TIMEOUT_MAX)
@@ -444,19 +444,3 @@ def _await(refs: Sequence[LocalObjectRef], count: int, deadline: float | None) -
         # Also when interrupted: a reference that is polled for hours must not collect callbacks.
         for ref in refs:
             ref.forget(done.release)
-
-
-def _check_wait(refs: object, num_returns: object, timeout: float | None) -> None:
-    if isinstance(refs, (str, bytes)) or not isinstance(refs, Sequence):
-        raise InvalidTypeError(f"wait takes a list of references, got {refs!r}: write wait([ref]) for one")
-    for ref in refs:
-        if not isinstance(ref, LocalObjectRef):
-            raise InvalidTypeError(f"wait takes references that this context made, got {ref!r}")
-    if len(set(map(id, refs))) < len(refs):
-        raise InvalidValueError("wait takes each reference once, and one of these is there twice")
-    if isinstance(num_returns, bool) or not isinstance(num_returns, int):
-        raise InvalidTypeError(f"num_returns must be an integer, got {num_returns!r}")
-    if num_returns < 1 or num_returns > max(1, len(refs)):
-        raise InvalidValueError(f"num_returns must be from 1 to the number of references ({len(refs)}): {num_returns}")
-    if timeout is not None and not timeout >= 0:
-        raise InvalidValueError(f"timeout cannot be negative, got {timeout}")

@@ -7,10 +7,10 @@ The same program runs on each. `TpuContext` is the one that a function run by `r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
-from fray.errors import InvalidTypeError
+from fray.errors import InvalidTypeError, InvalidValueError
 from fray.types import ActorOptions, TaskOptions
 
 __all__ = ["JobContext", "TpuContext"]
@@ -167,3 +167,34 @@ def check_call(what: str, target: object, args: object, kwargs: object) -> dict[
     if not isinstance(kwargs, Mapping):
         raise InvalidTypeError(f"kwargs must be a mapping, got {type(kwargs).__name__}")
     return dict(kwargs)
+
+
+def check_wait(
+    refs: object,
+    num_returns: object,
+    timeout: float | None,
+    ref_type: type,
+    identity: Callable[[Any], Hashable] = id,
+) -> None:
+    """Refuse what `wait` cannot be asked for.
+
+    Args:
+        refs: What is to be a list of references.
+        num_returns: How many of them to wait for.
+        timeout: Seconds, or None.
+        ref_type: What the context's references are.
+        identity: Tells one reference from another.
+    """
+    if isinstance(refs, (str, bytes)) or not isinstance(refs, Sequence):
+        raise InvalidTypeError(f"wait takes a list of references, got {refs!r}: write wait([ref]) for one")
+    for ref in refs:
+        if not isinstance(ref, ref_type):
+            raise InvalidTypeError(f"wait takes references that this context made, got {ref!r}")
+    if len(set(map(identity, refs))) < len(refs):
+        raise InvalidValueError("wait takes each reference once, and one of these is there twice")
+    if isinstance(num_returns, bool) or not isinstance(num_returns, int):
+        raise InvalidTypeError(f"num_returns must be an integer, got {num_returns!r}")
+    if num_returns < 1 or num_returns > max(1, len(refs)):
+        raise InvalidValueError(f"num_returns must be from 1 to the number of references ({len(refs)}): {num_returns}")
+    if timeout is not None and not timeout >= 0:
+        raise InvalidValueError(f"timeout cannot be negative, got {timeout}")

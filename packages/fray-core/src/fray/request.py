@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ __all__ = [
     "check_count",
     "check_job_id",
     "check_seconds",
+    "current_owner",
     "make_request",
 ]
 
@@ -226,6 +228,20 @@ def check_count(what: str, value: object) -> int:
     if value < 0:
         raise InvalidValueError(f"{what} cannot be negative: {value}")
     return value
+
+
+@cache
+def current_owner() -> str:
+    """Return whom a job that is submitted here belongs to, as `user@host`."""
+    import getpass
+    import os
+    import platform
+
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # no such entry in the user database: a container's bare number
+        user = str(os.getuid())
+    return f"{user}@{platform.node()}"
 
 
 def _make_up_id() -> str:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import getpass
 import os
-import platform
 import secrets
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,7 @@ from fray.backend.local._watch import sleep_until_gone
 from fray.cluster import Capabilities, ClusterContext, JobPlan, JobRequest
 from fray.detached import reap_launchers
 from fray.errors import InvalidValueError, PlatformError, UnsupportedError
-from fray.request import check_seconds
+from fray.request import check_seconds, current_owner
 from fray.types import JobInfo, JobStatus, RuntimeEnv, TpuRunConfig
 
 __all__ = ["SubprocessClusterContext"]
@@ -148,7 +145,7 @@ class SubprocessClusterContext(ClusterContext):
             request.job_id,
             request.entrypoint,
             time.time_ns(),
-            _owner(),
+            current_owner(),
             request.fingerprint,
             secrets.token_hex(8),
             boot_id(),
@@ -279,12 +276,3 @@ def _copy(origin: Path, copy: Path) -> bool:
         return False
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@cache
-def _owner() -> str:
-    try:
-        user = getpass.getuser()
-    except (OSError, KeyError):  # no such entry in the user database: a container's bare number
-        user = str(os.getuid())
-    return f"{user}@{platform.node()}"

@@ -6,15 +6,12 @@ and all that is to be known of it is in Ray's own record. Submitting needs HTTP 
 
 from __future__ import annotations
 
-import getpass
 import os
-import platform
 import secrets
 import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +28,7 @@ from fray.errors import (
     SubmissionError,
     UnsupportedError,
 )
-from fray.request import check_seconds
+from fray.request import check_seconds, current_owner
 from fray.types import JobInfo, JobStatus
 
 if TYPE_CHECKING:
@@ -193,7 +190,7 @@ class RayClusterContext(ClusterContext):
             nonce=secrets.token_hex(8),
             submitted_ns=time.time_ns(),
             entrypoint=request.entrypoint,
-            owner=_owner(),
+            owner=current_owner(),
             fingerprint=request.fingerprint,
             runner=_runner_options(request, self._grace_seconds),
             resources={each.name: each.quantity for each in request.env.minimum_resources if each.quantity},
@@ -460,12 +457,3 @@ def _runner_options(request: JobRequest, grace_seconds: float) -> list[str]:
     if request.max_retries:
         options += ["--retries", str(request.max_retries)]
     return options
-
-
-@cache
-def _owner() -> str:
-    try:
-        user = getpass.getuser()
-    except (OSError, KeyError):  # no such entry in the user database: a container's bare number
-        user = str(os.getuid())
-    return f"{user}@{platform.node()}"

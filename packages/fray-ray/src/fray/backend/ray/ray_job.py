@@ -21,8 +21,8 @@ from typing import Any, NoReturn, Self
 
 from fray.backend.ray._runtime_env import build_ray_runtime_env, split_resources
 from fray.context import use_job_context
-from fray.errors import InvalidTypeError, InvalidValueError, PlatformError, UnsupportedError
-from fray.job import JobContext, check_call
+from fray.errors import InvalidValueError, PlatformError, UnsupportedError
+from fray.job import JobContext, check_call, check_wait
 from fray.types import ActorOptions, ActorRef, Lifetime, RuntimeEnv, TaskOptions
 
 __all__ = ["RayActorRef", "RayJobContext"]
@@ -117,7 +117,7 @@ class RayJobContext(JobContext):
         """See `JobContext.wait`."""
         import ray
 
-        _check_wait(refs, num_returns, timeout)
+        check_wait(refs, num_returns, timeout, ray.ObjectRef, hash)
         if not refs:
             return [], []
         ready = set(ray.wait(list(refs), num_returns=num_returns, timeout=timeout, fetch_local=False)[0])
@@ -359,21 +359,3 @@ def _raise_original(error: Exception) -> NoReturn:
             f"Ray could not run a task or an actor to its end: {type(cause).__name__}: {' '.join(said[:3])}"
         ) from error
     raise cause from error
-
-
-def _check_wait(refs: object, num_returns: object, timeout: float | None) -> None:
-    import ray
-
-    if isinstance(refs, (str, bytes)) or not isinstance(refs, Sequence):
-        raise InvalidTypeError(f"wait takes a list of references, got {refs!r}: write wait([ref]) for one")
-    for ref in refs:
-        if not isinstance(ref, ray.ObjectRef):
-            raise InvalidTypeError(f"wait takes references that this context made, got {ref!r}")
-    if len(set(refs)) < len(refs):
-        raise InvalidValueError("wait takes each reference once, and one of these is there twice")
-    if isinstance(num_returns, bool) or not isinstance(num_returns, int):
-        raise InvalidTypeError(f"num_returns must be an integer, got {num_returns!r}")
-    if num_returns < 1 or num_returns > max(1, len(refs)):
-        raise InvalidValueError(f"num_returns must be from 1 to the number of references ({len(refs)}): {num_returns}")
-    if timeout is not None and not timeout >= 0:
-        raise InvalidValueError(f"timeout cannot be negative, got {timeout}")
