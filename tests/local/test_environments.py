@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 import fray
-from fray.backend.local._environments import find_uv, uv_environment
 from fray.backend.local._interpreters import command_python
 from fray.types import JobStatus, RuntimeEnv, TerminationReason
+from fray.uv import find_uv, uv_environment
 from tests.local.local_harness import LocalHarness
 from tests.wheels import make_wheel
 

@@ -50,12 +50,15 @@ def export_lock(project: Path, extras: Sequence[str], options: Sequence[str] = (
         raise InvalidValueError(
             f"extras need a uv.lock in the working directory, and {project} has none: run `uv lock` there"
         )
-    command = [find_uv(), "export", "--frozen", "--quiet", "--no-header", "--no-annotate", *options]
+    # Said, as UV_PROJECT in the user's environment would otherwise have another project's lock exported.
+    command = [find_uv(), "export", "--project", str(project.absolute())]
+    command += ["--frozen", "--quiet", "--no-header", "--no-annotate", *options]
     for extra in extras:
         command += ["--extra", extra]
     done = subprocess.run(
         command, cwd=project, env=uv_environment(), capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
     if done.returncode != 0:
-        raise InvalidValueError(f"extras {', '.join(extras)} of {project}: {done.stderr.strip()}")
+        what = f"extras {', '.join(extras)} of {project}" if extras else f"the lock of {project}"
+        raise InvalidValueError(f"{what}: {done.stderr.strip()}")
     return done.stdout
