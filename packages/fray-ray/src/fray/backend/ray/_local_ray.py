@@ -63,6 +63,11 @@ class LocalRay:
             _running = cls(process.address, process.dashboard, process)
             return _running
 
+    @property
+    def is_own(self) -> bool:
+        """Whether this handle is the one that started it."""
+        return self._process is not None
+
     def release(self) -> None:
         """End the local Ray, if this handle is the one that started it."""
         global _running

@@ -139,11 +139,25 @@ class RayClusterContext(ClusterContext):
         return checks()
 
     def close(self) -> None:
-        """Release the client; jobs go on, unless this instance started the local Ray that they run on."""
-        self._rest.close()
+        """Release the client; jobs go on, unless this instance started the local Ray that they run on.
+
+        Those are ended with it; where there are any, a `RuntimeWarning` says so.
+        """
         if self._local is not None:
-            self._local.release()
-            self._local = None
+            local, self._local = self._local, None
+            try:
+                if local.is_own and (running := self._unfinished()):
+                    import warnings
+
+                    warnings.warn(
+                        f"the local Ray that was started here ends, and with it {', '.join(running)}: to have jobs go "
+                        "on, start a Ray that stays (`ray start --head`), or keep this client open",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
+            finally:
+                local.release()
+        self._rest.close()
 
     # The seam
 
@@ -307,6 +321,11 @@ class RayClusterContext(ClusterContext):
         return fetch_outputs(self._rest, self._known(job_id), destination)
 
     # Behind it
+
+    def _unfinished(self) -> list[str]:
+        with suppress(PlatformError):
+            return [info.id for info in self._list(None, None) if not info.status.is_terminal]
+        return []
 
     def _known(self, job_id: str) -> KnownJob:
         from fray.backend.ray._errands import is_hidden
