@@ -165,7 +165,6 @@ def test_the_same_distribution_twice_on_the_path_is_one(site: Path, tmp_path: Pa
     ("name", "hint"),
     [
         ("docker", "pip install fray-docker"),
-        ("ray", "pip install fray-ray"),
         ("locl", "did you mean 'local'"),
         ("dokcer", "did you mean 'docker'"),
         ("zzz", "there are: "),

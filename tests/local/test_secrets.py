@@ -16,6 +16,9 @@ import fray
 from fray.types import JobStatus, RuntimeEnv
 from tests.wheels import make_wheel
 
+# One after the other: each looks into all processes of the machine.
+pytestmark = pytest.mark.xdist_group("secrets")
+
 SECRET = "s3cret-4f1c-do-not-show"
 
 
