@@ -279,6 +279,49 @@ def test_a_directory_over_the_limit_is_refused_before_anything_is_sent(harness: 
     assert harness.cluster.get_logs(info.id) == "small.txt\n"
 
 
+# Other versions of Ray
+
+
+def test_a_version_that_was_not_tested_is_served_by_rays_own_client(
+    harness: RayHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fray.backend.ray._internals.is_tested", lambda version: False)
+    info = harness.run('echo "$S"; exit 3', RuntimeEnv(secrets={"S": "handed over"}))
+    assert (info.exit_code, info.reason) == (3, TerminationReason.EXITED)
+    assert harness.cluster.get_logs(info.id) == "handed over\n"
+    assert harness.cluster._rest.job(info.id).metadata["fray"].count('"plain":false') == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        ("2.54.0", True),
+        ("2.60.3", True),
+        ("2.53.9", False),
+        ("2.61.0", False),
+        ("3.0.0.dev0", False),
+        ("nightly", False),
+    ],
+)
+def test_which_versions_were_tested(version: str, expected: bool) -> None:
+    from fray.backend.ray._internals import is_tested
+
+    assert is_tested(version) is expected
+
+
+def test_without_rays_log_service_its_own_log_is_read(harness: RayHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fray.backend.ray._rest import HttpError
+
+    def missing(*arguments: object, **options: object) -> None:
+        raise HttpError("not there", 404, "404: Not Found")
+
+    monkeypatch.setattr(harness.cluster._rest, "_open", missing)  # type: ignore[attr-defined]
+    job_id = harness.cluster.create_job("echo one; sleep 1; echo two")
+    lines = harness.lines(job_id)
+    assert [line for line in lines if line in ("one", "two")] == ["one", "two"]
+    assert harness.cluster.get_logs(job_id).splitlines() == lines
+
+
 # The job and its surroundings
 
 

@@ -11,7 +11,7 @@ import shlex
 import time
 from contextlib import suppress
 
-from fray.backend.ray._internals import JOB_NAMESPACE, SUPERVISOR_NAMESPACE, job_key, package_key, supervisor_name
+from fray.backend.ray._internals import GHOST_ENTRYPOINT, MONITOR_SECONDS, drop_pending_program
 from fray.backend.ray._record import ERRAND_KEY, KnownJob
 from fray.backend.ray._rest import RayRest
 from fray.errors import FrayError, JobNotFoundError, PlatformError
@@ -20,41 +20,12 @@ from ray.job_submission import JobDetails
 __all__ = ["drop_ghost", "drop_pending", "is_hidden", "remove_files", "seconds_until_deletable", "sweep"]
 
 _WAIT_SECONDS = 60.0
-_MONITOR_SECONDS = 2.5
-_GHOST_ENTRYPOINT = "Entrypoint not found."
-
-# Runs on the head. The record says STOPPED before the actor dies, so that Ray's own monitor finds nothing to report; a
-# supervisor that starts in between finds a job that is over, and the job's entrypoint that it is deleted.
-_DROP_PENDING = """
-import json, time, ray
-ray.init(address="auto", namespace={namespace!r}, log_to_driver=False, configure_logging=False)
-from ray._private.worker import global_worker
-kv = global_worker.gcs_client
-found = kv.internal_kv_get({key!r}, namespace={job_namespace!r})
-record = json.loads(found) if found else {{}}
-if record.get("status") == "PENDING":
-    record.update(status="STOPPED", message="stopped on request", end_time=int(time.time() * 1000))
-    kv.internal_kv_put({key!r}, json.dumps(record).encode(), True, namespace={job_namespace!r})
-    for name in {names!r}:
-        kv.internal_kv_del(name, False, namespace=None)
-    try:
-        ray.kill(ray.get_actor({supervisor!r}))
-    except ValueError:
-        pass
-"""
 
 
 def drop_pending(rest: RayRest, job: KnownJob) -> None:
     """Have a job that waits end as stopped, and what waits to run it leave the queue. Does not wait for that."""
     assert job.submission is not None
-    names = [package_key(job.submission.secrets)] if job.submission.secrets else []
-    program = _DROP_PENDING.format(
-        namespace=SUPERVISOR_NAMESPACE,
-        key=job_key(job.info.id),
-        job_namespace=JOB_NAMESPACE,
-        names=names,  # not the mark that stops it: it may be on its way already
-        supervisor=supervisor_name(job.info.id),
-    )
+    program = drop_pending_program(job.info.id, job.submission.secrets)
     _send(rest, f"drop {job.info.id}", f"exec python3 -c {shlex.quote(program)}", None)
 
 
@@ -84,7 +55,7 @@ def remove_files(rest: RayRest, job: KnownJob) -> None:
 
 def is_hidden(details: JobDetails) -> bool:
     """Say whether a record is of no job of the user's: of an errand, or of one that has been purged."""
-    return ERRAND_KEY in (details.metadata or {}) or details.entrypoint == _GHOST_ENTRYPOINT
+    return ERRAND_KEY in (details.metadata or {}) or details.entrypoint == GHOST_ENTRYPOINT
 
 
 def sweep(rest: RayRest, jobs: list[JobDetails]) -> None:
@@ -98,7 +69,7 @@ def sweep(rest: RayRest, jobs: list[JobDetails]) -> None:
 def drop_ghost(rest: RayRest, job_id: str) -> bool:
     """Drop what Ray's monitor wrote of a job that has been purged; say whether there was that."""
     with suppress(JobNotFoundError):
-        if rest.job(job_id).entrypoint == _GHOST_ENTRYPOINT:
+        if rest.job(job_id).entrypoint == GHOST_ENTRYPOINT:
             rest.delete(job_id)
             return True
     return False
@@ -111,7 +82,7 @@ def seconds_until_deletable(details: JobDetails) -> float:
     that failed, with an entrypoint that was not found.
     """
     ended = (details.end_time or 0) / 1000
-    return min(max(0.0, ended + _MONITOR_SECONDS - time.time()), _MONITOR_SECONDS)
+    return min(max(0.0, ended + MONITOR_SECONDS - time.time()), MONITOR_SECONDS)
 
 
 def _send(rest: RayRest, what: str, command: str, node_id: str | None) -> str:

@@ -5,10 +5,13 @@
 - The store's own protocol, plain gRPC on `RAY_ADDRESS`: a job reads those, and reports what becomes of it, in
   milliseconds. Without it `ray._raylet.GcsClient` does, for an `import ray` (half a second a job).
 - Where the Jobs API keeps a job's record in that store. Without it a job's own report is missing, and Ray's is told.
-- `GET /api/v0/logs...` gives files below a node's log folder: exact output, outputs. Without it they cannot be read;
-  Ray's own view of the log is in its dashboard.
+- `GET /api/v0/logs...` gives files below a node's log folder: exact output, outputs. Without it
+  Ray's own log of the job is read, with Ray's words in it, all of it each time; and there are no outputs.
 - The names of the supervisor actor and its namespace, for stopping a job that waits. Without them it stops when Ray
   starts it.
+- What Ray's monitor of a job writes when the job's record is gone.
+
+`_rest` has the paths, and replaces the one method of Ray's client by which it reaches the network.
 
 Tested against the versions that `TESTED` spans; on others the plain protocol is not used. Part of this runs inside the
 job before anything of Ray is imported there: the standard library only.
@@ -22,12 +25,15 @@ import struct
 import sys
 
 __all__ = [
+    "GHOST_ENTRYPOINT",
     "JOB_NAMESPACE",
+    "MONITOR_SECONDS",
     "KvError",
     "PlainKv",
     "RayKv",
     "TESTED",
     "connect_kv",
+    "drop_pending_program",
     "is_tested",
     "job_key",
     "package_key",
@@ -41,12 +47,36 @@ TESTED = ((2, 54), (2, 60))
 JOB_NAMESPACE = b"job"
 SUPERVISOR_NAMESPACE = "SUPERVISOR_ACTOR_RAY_NAMESPACE"
 
+GHOST_ENTRYPOINT = "Entrypoint not found."
+"""The entrypoint of a record that Ray's monitor wrote of a job that it watched, and whose own record was deleted."""
+
+MONITOR_SECONDS = 2.5
+"""After so long the monitor has seen that a job is over; it looks every second."""
+
 _TIMEOUT_SECONDS = 10.0
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
 _END_STREAM, _ACK, _END_HEADERS = 0x1, 0x1, 0x4
 _LARGEST_FRAME = 16384
 _WINDOW = 65535
+
+_DROP_PENDING = """
+import json, time, ray
+ray.init(address="auto", namespace={namespace!r}, log_to_driver=False, configure_logging=False)
+from ray._private.worker import global_worker
+kv = global_worker.gcs_client
+found = kv.internal_kv_get({key!r}, namespace={job_namespace!r})
+record = json.loads(found) if found else {{}}
+if record.get("status") == "PENDING":
+    record.update(status="STOPPED", message="stopped on request", end_time=int(time.time() * 1000))
+    kv.internal_kv_put({key!r}, json.dumps(record).encode(), True, namespace={job_namespace!r})
+    for name in {names!r}:
+        kv.internal_kv_del(name, False, namespace=None)
+    try:
+        ray.kill(ray.get_actor({supervisor!r}))
+    except ValueError:
+        pass
+"""
 
 
 class KvError(OSError):
@@ -75,6 +105,21 @@ def package_key(name: str) -> bytes:
 def supervisor_name(job_id: str) -> str:
     """The name of the actor that runs a submitted job, in the namespace `SUPERVISOR_NAMESPACE`."""
     return f"_ray_internal_job_actor_{job_id}"
+
+
+def drop_pending_program(job_id: str, secrets: str | None) -> str:
+    """Return the Python program that, run on the cluster, ends a job that waits, and has its secrets forgotten.
+
+    The record says STOPPED before the supervisor dies, so that Ray's monitor finds nothing to report. A supervisor that
+    starts in between finds a job that is over, and the job's entrypoint that it is deleted.
+    """
+    return _DROP_PENDING.format(
+        namespace=SUPERVISOR_NAMESPACE,
+        key=job_key(job_id),
+        job_namespace=JOB_NAMESPACE,
+        names=[package_key(secrets)] if secrets else [],
+        supervisor=supervisor_name(job_id),
+    )
 
 
 def connect_kv(address: str, *, plain: bool) -> PlainKv | RayKv:

@@ -56,12 +56,17 @@ def read_log(rest: RayRest, look: Callable[[], KnownJob], offset: int, follow: b
         said = (job.details.message or "").encode() if job.info.reason == "SETUP_FAILED" else b""
         yield said[offset:]
         return
-    while follow and not job.info.status.is_terminal:
-        for chunk in _follow_segment(rest, look, job, offset):
+    try:
+        while follow and not job.info.status.is_terminal:
+            for chunk in _follow_segment(rest, look, job, offset):
+                offset += len(chunk)
+                yield chunk
+            job = look()
+        for chunk in _read_segments(rest, job, offset, quiet=follow):
             offset += len(chunk)
             yield chunk
-        job = look()
-    yield from _read_segments(rest, job, offset, quiet=follow)
+    except _NoLogService:
+        yield from _read_rays_own(rest, look, offset, follow)
 
 
 def log_size(rest: RayRest, job: KnownJob) -> int:
@@ -91,6 +96,7 @@ def _read_segments(rest: RayRest, job: KnownJob, offset: int, *, quiet: bool) ->
                     offset += len(part)
                     yield part
         except HttpError as error:
+            _check_service(error)
             if "not found" in error.text and (end is None or rest.has_node(job.details.driver_node_id or "")):
                 return  # the next file begins with the next byte
             if quiet and job.info.status.is_terminal:
@@ -101,6 +107,18 @@ def _read_segments(rest: RayRest, job: KnownJob, offset: int, *, quiet: bool) ->
             ) from error
         if offset < (number + 1) * _SEGMENT_BYTES:
             return
+
+
+def _read_rays_own(rest: RayRest, look: Callable[[], KnownJob], offset: int, follow: bool) -> Iterator[bytes]:
+    """Yield what Ray's own log of the job has from an offset on, asking for all of it each time."""
+    while True:
+        job = look()
+        part = rest.ray_log(job.info.id)[offset:]
+        offset += len(part)
+        yield part
+        if not follow or job.info.status.is_terminal:
+            return
+        time.sleep(_LAST_LOOK_SECONDS)
 
 
 def _follow_segment(rest: RayRest, look: Callable[[], KnownJob], job: KnownJob, offset: int) -> Iterator[bytes]:
@@ -132,6 +150,7 @@ class _Follower:
         try:
             self._stream = rest.follow_file(node, _segment_name(job, number), _FOLLOW_SECONDS)
         except HttpError as error:
+            _check_service(error)
             # The node is gone, which Ray is to find out; or this is the moment between one file and the next.
             raise ConnectionFailedError(str(error)) from error
         threading.Thread(target=self._read, name="fray-log", daemon=True).start()
@@ -162,6 +181,15 @@ class _Follower:
             self._chunks.put(ConnectionFailedError("the connection to the log was closed"))
         except BaseException as error:
             self._chunks.put(error)
+
+
+class _NoLogService(Exception):
+    """This version of Ray does not give files from a node's log folder."""
+
+
+def _check_service(error: HttpError) -> None:
+    if error.status in (404, 405, 501):
+        raise _NoLogService from error
 
 
 def _segment(rest: RayRest, job: KnownJob, number: int) -> Iterator[bytes]:
