@@ -113,6 +113,12 @@ class RayHarness(ClusterHarness):
             yield
 
     def __exit__(self, *error: Any) -> None:
+        # The next test has the same cluster, and looks at lists: nothing of this one is to change in them any more.
+        left = [info.id for info in self.cluster.list_jobs() if not info.status.is_terminal]
+        for job_id in left:
+            self.cluster.delete_job(job_id)
+        for job_id in left:
+            self.end(job_id)
         super().__exit__(*error)
         self.proxy.close()
 

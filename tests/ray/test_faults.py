@@ -159,6 +159,18 @@ def test_a_submission_whose_answer_is_lost_is_looked_up(harness: RayHarness, mon
     monkeypatch.setattr(rest, "submit", accepted_and_cut_off)
     job_id = harness.cluster.create_job("echo ran")
     assert harness.end(job_id).status is JobStatus.SUCCEEDED
+    late: list[dict[str, Any]] = []
+
+    def accepted_later(**request: Any) -> None:
+        late.append(request)
+        raise ConnectionFailedError("cut off")
+
+    monkeypatch.setattr(rest, "submit", accepted_later)
+    with pytest.raises(fray.PlatformError, match="not accepted"):
+        harness.cluster.create_job("echo never", job_id=f"late-{os.getpid()}")
+    submit(**late[0])  # what was on its way arrives after all
+    assert harness.end(f"late-{os.getpid()}").status is JobStatus.STOPPED
+    assert harness.cluster.read_logs(f"late-{os.getpid()}") == b""
     monkeypatch.setattr(rest, "submit", cut_off)
     with pytest.raises(fray.PlatformError, match="not accepted"):
         harness.cluster.create_job("true", job_id="never-there")
@@ -223,7 +235,7 @@ def test_a_killed_node_loses_its_job_and_not_what_was_read(tmp_path: Path) -> No
 def test_a_head_that_is_started_anew_has_forgotten_its_jobs() -> None:
     head = RayHead()
     try:
-        with fray.connect(f"ray:{head.dashboard}", request_timeout_seconds=5) as cluster:
+        with fray.connect(f"ray:{head.dashboard}", request_timeout_seconds=10) as cluster:
             job_id = cluster.create_job("echo up; sleep 600")
             lines = cluster.stream_logs(job_id)
             assert next(lines) == "up"

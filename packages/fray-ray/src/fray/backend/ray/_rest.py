@@ -23,6 +23,7 @@ __all__ = ["HttpError", "RayRest", "Stream"]
 
 _CONNECT_SECONDS = 5.0
 _UPLOAD_SECONDS = 600.0
+_SUBMIT_SECONDS = 60.0
 
 
 class HttpError(PlatformError):
@@ -292,7 +293,9 @@ class _Client(JobSubmissionClient):
         json_data: dict[str, Any] | None = None,
         **options: Any,
     ) -> requests.Response:
-        return self.request(method, endpoint, data, json=json_data, **options)
+        # What cannot be repeated is waited for: a head that has just started takes seconds over its first job.
+        patience = self._timeout_seconds if method == "GET" else max(self._timeout_seconds, _SUBMIT_SECONDS)
+        return self.request(method, endpoint, data, timeout=patience, json=json_data, **options)
 
     def _check_connection_and_version(self, *args: object, **kwargs: object) -> None:
         """Nothing: the version is asked for once, when the cluster is connected to."""

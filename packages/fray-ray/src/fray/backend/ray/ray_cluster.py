@@ -50,6 +50,8 @@ _STOP_MARGIN_SECONDS = 20
 # A record without a supervisor that is older than this was left behind by a submission that was cut off.
 _ORPHAN_SECONDS = 20.0
 _SETTLE_SECONDS = 30.0
+# How long a job is looked for whose submission got no answer.
+_LOOK_SECONDS = 3.0
 
 
 class RayClusterContext(ClusterContext):
@@ -390,11 +392,18 @@ class RayClusterContext(ClusterContext):
                 raise JobExistsError(f"job {job_id} exists on {self.spec}: choose another job_id") from None
             raise SubmissionError(f"job {job_id} was not accepted: {error}") from error
         except ConnectionFailedError as error:
-            # Whether it was accepted is to be seen by what is there.
-            try:
-                job = self._retry(lambda: self._known(job_id))
-            except JobNotFoundError:
-                raise SubmissionError(f"job {job_id} was not accepted: {error}") from error
+            # Whether it was accepted is to be seen by what is there, now or in a moment.
+            give_up = time.monotonic() + _LOOK_SECONDS
+            while True:
+                try:
+                    job = self._retry(lambda: self._known(job_id))
+                    break
+                except JobNotFoundError:
+                    if time.monotonic() > give_up:
+                        with suppress(PlatformError):  # should it be accepted after all, it is not to run
+                            self._rest.put(submission.stop, b"stop")
+                        raise SubmissionError(f"job {job_id} was not accepted: {error}") from error
+                time.sleep(0.2)
             if job.submission is None or job.submission.nonce != submission.nonce:
                 raise JobExistsError(f"job {job_id} exists on {self.spec}: choose another job_id") from None
 
