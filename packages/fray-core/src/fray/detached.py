@@ -14,10 +14,33 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import subprocess
 
-__all__ = ["leave_caller", "reap_launchers", "start_detached"]
+__all__ = ["leave_caller", "program", "reap_launchers", "start_detached"]
+
+# The program sees its starter's own modules, and nothing of a job's environment reaches into it. The packages above its
+# module are left empty: their own imports would take longer than most of what such programs do.
+_PROGRAM = """
+import sys, types
+sys.path[:], packages = {}
+for name, paths in packages.items():
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = paths
+from {} import main
+main({})
+"""
 
 _launchers: list[subprocess.Popen[bytes]] = []
 _lock = allocate_lock()
+
+
+def program(module: str, *arguments: int) -> list[str]:
+    """Return the command line of a program of Fray's: `main(*arguments)` of a module."""
+    import sys
+
+    above = module.split(".")[:-1]
+    names = [".".join(above[: count + 1]) for count in range(len(above))]
+    paths = repr(([each for each in sys.path if each], {name: list(sys.modules[name].__path__) for name in names}))
+    code = _PROGRAM.format(paths, module, ", ".join(map(str, arguments)))
+    return [sys.executable, "-I", "-S", "-c", code]
 
 
 def start_detached(

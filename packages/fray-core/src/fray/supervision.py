@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from fray.types import Attempt, JobInfo, JobStatus, TerminationReason
 
@@ -111,7 +111,7 @@ def runner_source() -> Path:
 def runner_arguments(
     command: str,
     *,
-    journal: str,
+    journal: str | None = None,
     output: str,
     copy: str | None = None,
     directory: str | None = None,
@@ -121,13 +121,17 @@ def runner_arguments(
     max_retries: int = 0,
     retry_delay_seconds: float | None = None,
     not_before: float | None = None,
-    handover: bool = False,
+    handover: bool | Literal["counted"] = False,
     handover_timeout_seconds: float | None = None,
+    outputs: Sequence[str] = (),
     hold: Sequence[int] = (),
     leash: int | None = None,
     detach: bool = False,
 ) -> list[str]:
-    """Return the runner's arguments, to stand behind `python -I -S _runner.py`; its docstring explains each."""
+    """Return the runner's arguments, to stand behind `python -I -S _runner.py`; its docstring explains each.
+
+    `outputs`, `handover="counted"` and an output without a journal are of fray-docker's runner alone.
+    """
     values: dict[str, object] = {
         "--journal": journal,
         "--output": output,
@@ -139,8 +143,9 @@ def runner_arguments(
         "--retries": max_retries or None,
         "--retry-delay": retry_delay_seconds,
         "--not-before": None if not_before is None else f"{not_before:.6f}",
-        "--handover": "stdin" if handover else None,
+        "--handover": "stdin" if handover is True else handover or None,
         "--handover-timeout": handover_timeout_seconds,
+        "--outputs": ":".join(outputs) or None,
         "--leash": leash,
         "--detach": "yes" if detach else None,
     }

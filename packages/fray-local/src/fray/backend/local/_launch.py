@@ -24,7 +24,7 @@ from fray.backend.local._files import write_all, write_durably
 from fray.backend.local._paths import StorePaths
 from fray.backend.local._prepare import Setup
 from fray.backend.local._store import Staged
-from fray.detached import start_detached
+from fray.detached import program, start_detached
 from fray.errors import SubmissionError
 from fray.request import JobRequest
 from fray.shipping import write_light_part
@@ -33,18 +33,6 @@ from fray.supervision import encode_handover, runner_arguments, runner_source
 __all__ = ["Launch", "supervised"]
 
 _JOB_VARIABLES = ("FRAY_JOB_ID", "FRAY_OUTPUT_DIR", "FRAY_ATTEMPT", "FRAY_JOB_CONTEXT", "FRAY_CLUSTER")
-
-# The preparer sees the client's own modules, and nothing of the job's environment reaches into it. It needs three of
-# them: the packages above those are left empty, for their own imports would take longer than uv does.
-_PREPARER = """
-import sys, types
-sys.path[:], packages = {}
-for name, paths in packages.items():
-    sys.modules[name] = types.ModuleType(name)
-    sys.modules[name].__path__ = paths
-from fray.backend.local._prepare import main
-main({})
-"""
 
 
 @dataclass(frozen=True)
@@ -133,7 +121,7 @@ class Launch:
         )
         setup.write(staged.paths.setup)
         staged.setup_fd = os.open(staged.paths.setup, os.O_RDONLY)
-        return [sys.executable, "-I", "-S", "-c", _PREPARER.format(_import_paths(), staged.setup_fd)]
+        return program("fray.backend.local._prepare", staged.setup_fd)
 
     def _permit(self, staged: Staged) -> str:
         return str(self.paths.job(self.request.job_id).permit(staged.record.nonce))
@@ -179,11 +167,6 @@ def _queued(launch: Launch, staged: Staged) -> Iterator[Ticket | None]:
         raise
     finally:
         os.close(ticket.lock_fd)
-
-
-def _import_paths() -> str:
-    packages = {name: list(sys.modules[name].__path__) for name in ("fray", "fray.backend", "fray.backend.local")}
-    return repr(([each for each in sys.path if each], packages))
 
 
 def _compiled_runner(directory: Path) -> str:

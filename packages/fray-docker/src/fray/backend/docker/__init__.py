@@ -1,0 +1,1 @@
+"""Jobs as containers, and the images that they run in."""

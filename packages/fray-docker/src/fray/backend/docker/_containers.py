@@ -1,0 +1,244 @@
+"""From a job's request to the engine's own: the containers that a job consists of."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fray.backend.docker._record import JOB_LABEL, ROLE_LABEL, Submission
+from fray.backend.docker._toolbox import LIGHT_PART, RUNNER, Toolbox
+from fray.errors import InvalidTypeError, InvalidValueError, UnsupportedError
+from fray.request import JobRequest
+from fray.supervision import runner_arguments
+from fray.types import Resource, mask_sensitive
+
+__all__ = [
+    "ContainerOptions",
+    "Mount",
+    "command_container",
+    "holder_container",
+    "infeasible",
+    "limits",
+    "masked",
+    "read_mounts",
+    "with_image",
+]
+
+# Where a job's outputs go: the first that the image's user can make.
+OUTPUT_DIRECTORIES = ("/outputs", "/tmp/fray-outputs", "/var/tmp/fray-outputs")
+
+# How long a runner waits for its client, and a holder for a sign of life from whoever prepares its job.
+HANDOVER_SECONDS = 60.0
+# The engine kills a container that it stops (`docker stop`, a shutdown) so long after the runner should have been done.
+_STOP_MARGIN_SECONDS = 5
+_LOG = {
+    "Type": "json-file",
+    # Said, since the engine's configuration would otherwise add to it: a log that is cut, or lines that are dropped.
+    "Config": {"max-size": "1000p", "max-file": "1", "compress": "false", "mode": "blocking"},
+}
+_LEAST_MEMORY_BYTES = 6 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Mount:
+    """Something of the engine's machine that a job sees.
+
+    Attributes:
+        source: A path on the engine's machine, or the name of a volume.
+        target: The absolute path in the container.
+        read_only: Whether the job may only read it.
+    """
+
+    source: str
+    target: str
+    read_only: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.source or not self.target.startswith("/"):
+            raise InvalidValueError(
+                f"mounts: a source and an absolute path in the container, not {self.source!r} and {self.target!r}"
+            )
+        if self.kind == "volume" and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]+", self.source):
+            raise InvalidValueError(
+                f"mounts: {self.source!r} is neither an absolute path on the engine's machine nor the name of a volume"
+            )
+
+    @property
+    def kind(self) -> Literal["bind", "volume"]:
+        """A path of the machine, or a volume of the engine."""
+        return "bind" if self.source.startswith("/") else "volume"
+
+
+@dataclass(frozen=True)
+class ContainerOptions:
+    """What the cluster's options say of every job's container; see `DockerClusterContext`."""
+
+    mounts: tuple[Mount, ...] = ()
+    network: str | None = None
+    shm_bytes: int = 2 * 1024**3
+    grace_seconds: float = 10.0
+
+
+def read_mounts(mounts: Iterable[Mount | str | Mapping[str, Any]]) -> tuple[Mount, ...]:
+    """Return mounts from what users write: a `Mount`, `SOURCE:TARGET[:ro]`, or a table with a mount's fields."""
+    if isinstance(mounts, (str, Mapping)):
+        raise InvalidTypeError("mounts must be a list, such as ['/data:/data:ro']")
+    found = []
+    for mount in mounts:
+        if isinstance(mount, str):
+            source, _, rest = mount.partition(":")
+            target, _, mode = rest.partition(":")
+            if mode not in ("", "ro", "rw"):
+                raise InvalidValueError(f"mounts: write SOURCE:TARGET or SOURCE:TARGET:ro, not {mount!r}")
+            mount = Mount(source, target, mode == "ro")
+        elif isinstance(mount, Mapping):
+            try:
+                mount = Mount(**mount)
+            except TypeError as error:
+                raise InvalidValueError(f"mounts: source, target, read_only, not {dict(mount)!r}: {error}") from None
+        elif not isinstance(mount, Mount):
+            raise InvalidTypeError(f"mounts must be Mount or strings, got {type(mount).__name__}")
+        found.append(mount)
+    return tuple(found)
+
+
+def limits(minimum: Iterable[Resource], maximum: Iterable[Resource]) -> dict[str, Any]:
+    """Return the part of a container's configuration that resources become: a cap, by default what is asked for.
+
+    Raises:
+        UnsupportedError: A kind that an engine does not have, or a fraction of a GPU.
+        InvalidValueError: Less memory than the engine takes.
+    """
+    asked = {each.name: each.quantity for each in minimum}
+    caps = {each.name: each.quantity for each in maximum}
+    for name in (*asked, *caps):
+        if name not in ("CPU", "memory", "GPU"):
+            raise UnsupportedError(f"a docker engine has no {name}: ask for CPU, memory or GPU")
+    limit = {name: caps.get(name, asked.get(name, 0)) for name in ("CPU", "memory", "GPU")}
+    found: dict[str, Any] = {}
+    if limit["CPU"]:
+        found["NanoCpus"] = max(math.ceil(limit["CPU"] * 1e9), 10_000_000)
+        if asked.get("CPU"):
+            found["CpuShares"] = max(2, round(asked["CPU"] * 1024))
+    if limit["memory"]:
+        if limit["memory"] < _LEAST_MEMORY_BYTES:
+            raise InvalidValueError(f"memory={limit['memory']}: an engine gives no less than {_LEAST_MEMORY_BYTES}")
+        found["Memory"] = found["MemorySwap"] = int(limit["memory"])
+        if asked.get("memory"):
+            found["MemoryReservation"] = int(asked["memory"])
+    if limit["GPU"]:
+        if limit["GPU"] != int(limit["GPU"]):
+            raise UnsupportedError(f"GPU={limit['GPU']}: an engine gives whole GPUs")
+        found["DeviceRequests"] = [{"Count": int(limit["GPU"]), "Capabilities": [["gpu"]]}]
+    return found
+
+
+def infeasible(minimum: Iterable[Resource], machine: Mapping[str, Any]) -> str:
+    """Return what of the resources the engine's machine (its `info`) will never have; nothing where it has all."""
+    has = {"CPU": machine.get("NCPU", 0), "memory": machine.get("MemTotal", 0)}
+    short = [
+        f"{each.name}={each.quantity:g} of {has[each.name]}"
+        for each in minimum
+        if each.name in has and each.quantity > has[each.name]
+    ]
+    return f"the engine's machine has less: {', '.join(short)}" if short else ""
+
+
+def command_container(
+    request: JobRequest,
+    submission: Submission,
+    options: ContainerOptions,
+    toolbox: Toolbox,
+    image: str,
+) -> dict[str, Any]:
+    """Return the request for the container that runs a job's command, as the engine's API has it.
+
+    Args:
+        request: What was asked for.
+        submission: What is stored; where the job has a holder that stores it, this one names the job only.
+        options: The cluster's.
+        toolbox: What is mounted for the runner.
+        image: The image's name; `with_image` puts the image itself in its place.
+    """
+    env = request.env
+    takes_handover = bool(env.secrets or submission.prepares)
+    arguments = runner_arguments(
+        request.entrypoint,
+        output="frames:1",
+        grace_seconds=options.grace_seconds,
+        timeout_seconds=request.timeout_seconds,
+        max_retries=request.max_retries,
+        not_before=submission.submission_time,
+        handover="counted" if takes_handover else False,
+        handover_timeout_seconds=HANDOVER_SECONDS,
+        outputs=OUTPUT_DIRECTORIES,
+    )
+    own = {JOB_LABEL: request.job_id, ROLE_LABEL: "run"}
+    labels = own if submission.prepares else submission.labels(request.job_id)
+    host: dict[str, Any] = {
+        **_HOST,
+        **limits(env.minimum_resources, env.maximum_resources),
+        "Mounts": [toolbox.mount(), *(_native(mount) for mount in options.mounts)],
+        "NetworkMode": options.network or "default",
+        "ShmSize": options.shm_bytes,
+    }
+    return {
+        "Image": image,
+        "Entrypoint": [RUNNER, *arguments],
+        "Env": [f"{name}={value}" for name, value in _variables(request).items()],
+        "Labels": labels,
+        "OpenStdin": takes_handover,
+        "StdinOnce": takes_handover,
+        "StopSignal": "SIGPWR",
+        "StopTimeout": math.ceil(options.grace_seconds) + _STOP_MARGIN_SECONDS,
+        "Healthcheck": {"Test": ["NONE"]},
+        "HostConfig": host,
+    }
+
+
+def holder_container(job_id: str, submission: Submission, toolbox: Toolbox) -> dict[str, Any]:
+    """Return the request for the container that stands for a job while it is being prepared."""
+    return {
+        "Image": toolbox.image,
+        "Entrypoint": [RUNNER, "relay", f"{HANDOVER_SECONDS:g}"],
+        "Labels": submission.labels(job_id),
+        "OpenStdin": True,
+        "StdinOnce": True,
+        "StopSignal": "SIGPWR",
+        "HostConfig": {**_HOST, "NetworkMode": "none"},
+    }
+
+
+def with_image(native: Mapping[str, Any], image: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a request with the image that was found or made, by its inspection, and what has to fit with it."""
+    of_image = dict(entry.partition("=")[::2] for entry in image["Config"].get("Env") or ())
+    path = of_image.get("PYTHONPATH")
+    variables = [
+        f"{entry}:{path}" if path and entry == f"PYTHONPATH={LIGHT_PART}" else entry for entry in native["Env"]
+    ]
+    return {**native, "Image": image["Id"], "Env": variables}
+
+
+def masked(native: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a container's request with every value masked that is not to be shown."""
+    shown = dict(entry.partition("=")[::2] for entry in native["Env"])
+    return {**native, "Env": [f"{name}={value}" for name, value in mask_sensitive(shown).items()]}
+
+
+_HOST = {"LogConfig": _LOG, "Init": False, "RestartPolicy": {"Name": "no"}, "AutoRemove": False}
+
+
+def _variables(request: JobRequest) -> dict[str, str]:
+    variables = {"PYTHONUNBUFFERED": "1", **request.env.env}  # a log that can be followed
+    path = variables.get("PYTHONPATH")
+    variables["PYTHONPATH"] = f"{LIGHT_PART}:{path}" if path else LIGHT_PART
+    variables["FRAY_JOB_ID"] = request.job_id
+    variables["FRAY_JOB_CONTEXT"] = "local"
+    return variables
+
+
+def _native(mount: Mount) -> dict[str, Any]:
+    return {"Type": mount.kind, "Source": mount.source, "Target": mount.target, "ReadOnly": mount.read_only}

@@ -1,0 +1,114 @@
+"""The Docker backend as the conformance suite, and this folder's own tests, meet it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psutil
+
+from fray.backend.docker._engine import Engine
+from fray.testing import ClusterHarness
+from fray.types import RuntimeEnv
+
+from .engine_proxy import Proxy
+from .registry import Registry
+
+
+class DockerHarness(ClusterHarness):
+    """Serves a test with an engine that others use too; requests go through a proxy that can be cut off.
+
+    Jobs that are there already are nobody's business: only those that come while it is open are stopped and purged.
+    """
+
+    ships_working_dir = True
+    deadline_seconds = 90.0
+
+    def __init__(self, engine: Engine, base_image: str, registry: Registry, **options: Any) -> None:
+        super().__init__()
+        self.engine = engine
+        self.base_image = base_image
+        self.registry = registry
+        self._open = ExitStack()
+        self.proxy = self._open.enter_context(Proxy(engine.endpoint.host))
+        self.spec = f"docker:{self.proxy.host}"
+        self.options = {"grace_seconds": 1.0, "base_image": base_image, "ca_bundle": "system", **options}
+        self._earlier = {info.id for info in self.cluster.list_jobs()}
+
+    @contextmanager
+    def hold_pending(self) -> Iterator[RuntimeEnv]:
+        # The way stays open behind the hold: what was held has to come through.
+        stalled = self._open.enter_context(self.registry.stalled())
+        tag = uuid4().hex
+        self.registry.push(self.base_image, f"held:{tag}")
+        try:
+            yield RuntimeEnv(container_image=f"{stalled.stalled_address}/held:{tag}")
+        finally:
+            stalled.release()
+
+    def containers(self, job_id: str) -> list[dict[str, Any]]:
+        """The containers of a job, by their inspection."""
+        listed = self.engine.api.containers(all=True, filters={"label": f"fray.job={job_id}"})
+        return [self.engine.api.inspect_container(each["Id"]) for each in listed]
+
+    def command_container(self, job_id: str) -> dict[str, Any]:
+        """The container that runs a job's command."""
+        (found,) = [each for each in self.containers(job_id) if each["Config"]["Labels"]["fray.role"] != "holder"]
+        return found
+
+    def kill_supervision(self, job_id: str) -> None:
+        os.kill(self.command_container(job_id)["State"]["Pid"], signal.SIGKILL)
+
+    def observable(self) -> Iterator[tuple[str, bytes]]:
+        api = self.engine.api
+        for name, answer in {
+            "the list of containers": api.containers(all=True, size=True),
+            "the list of images": api.images(all=True),
+            "the list of volumes": api.volumes(),
+            "info": api.info(),
+        }.items():
+            yield name, json.dumps(answer).encode()
+        for container in api.containers(all=True, filters={"label": "fray.job"}):
+            inspected = api.inspect_container(container["Id"])
+            yield f"inspect {container['Names']}", json.dumps(inspected).encode()
+            yield f"logs {container['Names']}", api.logs(container["Id"])
+            for change in api.diff(container["Id"]) or ():
+                with suppress(Exception):  # gone by now
+                    content, _ = api.get_archive(container["Id"], change["Path"])
+                    yield f"{change['Path']} in {container['Names']}", b"".join(content)
+            with suppress(Exception):
+                yield f"processes in {container['Names']}", json.dumps(api.top(container["Id"])).encode()
+            for file in Path(inspected["ResolvConfPath"]).parent.glob("*"):
+                with suppress(OSError):
+                    if file.is_file():
+                        yield str(file), file.read_bytes()
+        for image in api.images():
+            for tag in image["RepoTags"] or ():
+                if tag.startswith("fray"):
+                    yield f"history of {tag}", json.dumps(api.history(tag)).encode()
+                    yield f"inspect {tag}", json.dumps(api.inspect_image(tag)).encode()
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                yield f"the arguments of process {process.pid}", "\0".join(process.cmdline()).encode()
+
+    @contextmanager
+    def interrupt_engine(self) -> Iterator[None]:
+        with self.proxy.cut_off():
+            yield
+
+    def __exit__(self, *error: Any) -> None:
+        own = [info.id for info in self.cluster.list_jobs() if info.id not in self._earlier]
+        for job_id in own:
+            self.cluster.delete_job(job_id)
+        for job_id in own:
+            self.end(job_id)
+            self.cluster.purge_job(job_id)
+        for cluster in self._clusters:
+            cluster.close()
+        self._open.close()
