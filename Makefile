@@ -1,4 +1,4 @@
-# What one does with this project: demo, test, check, bench, soak, build, lock. Needs Python >= 3.11 with pip, and make.
+# What one does with this project: demo, test, check, bench, soak, build, lock, runner. Needs Python >= 3.11 with pip, and make.
 
 PYTHON ?= python3
 export UV_SYSTEM_CERTS ?= 1
@@ -15,7 +15,7 @@ PACKAGES := $(wildcard packages/*)
 EDITABLE := $(foreach package,$(PACKAGES),-e $(package))
 SOAK_ROUNDS ?= 20
 
-.PHONY: demo test check bench soak build lock clean help
+.PHONY: demo test check bench soak build lock runner clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make soak    run the long fault schedules"
 	@echo "make build   build the wheels into dist/"
 	@echo "make lock    bring $(LOCK) up to date"
+	@echo "make runner  compile the runner for images without Python"
 
 .tools/bin/uv: requirements/uv.txt
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target .tools --upgrade --require-hashes -r requirements/uv.txt
@@ -52,6 +53,7 @@ check: $(VENV)/.ready
 	$(BIN)/mypy
 	$(BIN)/python tools/check_lock.py $(UV)
 	$(BIN)/python tools/check_wheels.py $(UV)
+	$(BIN)/python tools/build_runner.py $(UV) --check
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
@@ -67,6 +69,11 @@ build: $(VENV)/.ready
 lock: $(filter .tools/bin/uv,$(UV))
 	$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --python-version 3.11 requirements/dev.in $(patsubst %,%/pyproject.toml,$(PACKAGES)) --all-extras $(patsubst packages/%,--no-emit-package %,$(PACKAGES)) -o $(LOCK)
 	$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --python-version 3.11 requirements/uv.in -c $(LOCK) -o requirements/uv.txt
+	$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --python-version 3.11 requirements/runner.in -o requirements/runner.txt
+
+# Committed, for the build of the wheels compiles nothing.
+runner: $(VENV)/.ready
+	$(BIN)/python tools/build_runner.py $(UV)
 
 clean:
 	rm -rf $(VENV) .tools dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

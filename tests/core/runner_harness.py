@@ -1,7 +1,8 @@
 """Start a runner as a backend does, and watch it from outside: its arguments, its journal, its output, its end.
 
 `RUNNERS` is the one list of what is tested: a runner in another language joins it and passes the same tests. Nothing
-here or in the tests knows how a runner works, only what `fray._runner` documents.
+here or in the tests knows how a runner works, only what `fray._runner` documents, and for `ENGINE_RUNNERS` what
+packages/fray-docker/runner does.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import functools
 import glob
 import json
 import os
+import platform
 import py_compile
 import select
 import signal
@@ -37,10 +39,12 @@ class Runner:
     Attributes:
         name: What the tests call it.
         argv: Returns what its options are appended to; may write to the directory that it is given.
+        is_python: Whether an interpreter runs it, which has flags and imports.
     """
 
     name: str
     argv: Callable[[Path], list[str]]
+    is_python: bool = True
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,17 @@ def _from_source(python: str) -> Callable[[Path], list[str]]:
 def _compiled(directory: Path) -> list[str]:
     compiled = py_compile.compile(str(runner_source()), cfile=str(directory / "runner.pyc"), doraise=True)
     return [sys.executable, *ISOLATED, str(compiled)]
+
+
+def _static() -> list[Runner]:
+    """The runner for images without Python, where there is one for this machine.
+
+    `FRAY_TEST_STATIC_RUNNER` names another build of it to be tested.
+    """
+    architecture = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine())
+    binaries = Path(__file__).parents[2] / "packages/fray-docker/src/fray/backend/docker/runner"
+    path = os.environ.get("FRAY_TEST_STATIC_RUNNER") or str(binaries / f"fray-runner-{architecture}")
+    return [Runner("static", lambda _: [path], is_python=False)] if architecture else []
 
 
 def _other_interpreters() -> dict[str, str]:
@@ -85,8 +100,10 @@ def _is_python(path: str, version: tuple[int, int]) -> bool:
     return said.stdout.split() == [str(number) for number in version]
 
 
+# Those that can frame their output for an engine's log.
+ENGINE_RUNNERS = _static()
 # The whole suite runs on these.
-RUNNERS = [Runner("source", _from_source(sys.executable))]
+RUNNERS = [Runner("source", _from_source(sys.executable)), *ENGINE_RUNNERS]
 # And the essential tests on these too.
 MORE_RUNNERS = [
     Runner("pyc", _compiled),

@@ -48,6 +48,12 @@ AS_CHILD = pytest.mark.parametrize("start", [Setting(runner) for runner in RUNNE
 ESSENTIAL_AS_CHILD = pytest.mark.parametrize(
     "start", [Setting(runner) for runner in [*RUNNERS, *MORE_RUNNERS]], indirect=True, ids=str
 )
+PYTHON_AS_CHILD = pytest.mark.parametrize(
+    "start",
+    [Setting(runner) for runner in [*RUNNERS, *MORE_RUNNERS] if runner.is_python],
+    indirect=True,
+    ids=str,
+)
 STOP_SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 
 # Shell: wait for another process to say that it is ready; wait for what `Job.release` makes; live on for ever; live on
@@ -1081,7 +1087,7 @@ class TestProgram:
         assert job.process.wait(60) == 64
         assert not (job.directory / "ran").exists()
 
-    @ESSENTIAL_AS_CHILD
+    @PYTHON_AS_CHILD
     def test_warnings_are_no_trouble(self, start: Starter) -> None:
         job = start(
             f'[ "$FRAY_ATTEMPT" = 2 ] || exit 1; {as_role("left", DEAF)} & {FOREVER}',
@@ -1101,7 +1107,7 @@ class TestProgram:
         until(lambda: not job.processes(), "the guard's end")
         assert job.said == ""
 
-    @ESSENTIAL_AS_CHILD
+    @PYTHON_AS_CHILD
     def test_it_imports_next_to_nothing(self, start: Starter) -> None:
         job = start(
             f'[ "$FRAY_ATTEMPT" = 2 ] || exit 1; {as_role("left", DEAF)} & {FOREVER}',
