@@ -1,7 +1,8 @@
 """What of a working directory is shipped with a job, and all of it as one archive.
 
 Rule 13 of the contract: what git would ignore stays behind, so does what `.frayignore` and `excludes` name, and always
-what belongs to git or to a virtual environment. A line `!pattern` in `.frayignore` brings something back.
+what belongs to git or to a virtual environment. A line `!pattern` in `.frayignore` brings something back. A build of a
+container image leaves behind what its `.dockerignore` names too.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from fray.errors import InvalidValueError
 
-__all__ = ["Snapshot", "SnapshotFile", "collect", "digest", "write_zip"]
+__all__ = ["Snapshot", "SnapshotFile", "collect", "digest", "write_tar", "write_zip"]
 
 _NEVER = frozenset({".git", ".venv", "__pycache__"})
 # Compressed already: squeezing them again costs time and gains nothing.
@@ -29,6 +30,10 @@ _COMPRESSED = {
     *(".safetensors", ".webp", ".whl", ".xz", ".zip", ".zst"),
 }
 _CHUNK_BYTES = 1 << 20
+# Of every member of a tar: a day that zip archives, which build backends make of the files, can express in any zone.
+TAR_TIME_SECONDS = 1_580_601_600  # 2020-02-02
+_TAR_BLOCK_BYTES = 512
+_TAR_SIZE_LIMIT_BYTES = 8**11  # what a header's octal field holds; beyond it stands in an extended header
 _SHOWN_FILES = 10
 
 
@@ -68,19 +73,28 @@ class Snapshot:
         return sorted(self.files, key=lambda file: -file.size)[:count]
 
 
-def collect(directory: Path, excludes: Sequence[str] = ()) -> Snapshot:
+def collect(directory: Path, excludes: Sequence[str] = (), dockerignore: Path | None = None) -> Snapshot:
     """Find out what of a directory is shipped. Symbolic links are followed; what they lead to is shipped instead.
 
     The patterns of `.gitignore` files count as git counts them, those in directories above included, up to the
     repository's root. `.frayignore` files have the same syntax, come after them, and may bring back single files of an
     ignored directory. `excludes` are patterns for the whole tree, and come last.
 
+    Args:
+        directory: Which one.
+        excludes: Patterns as in `.gitignore`.
+        dockerignore: A file of Docker's patterns, which need not be there. What these exclude is left out on top of all
+            else; a `!` brings back only what they themselves excluded.
+
     Raises:
-        InvalidValueError: A file cannot be read, or has a name that is not UTF-8.
+        InvalidValueError: A file cannot be read, or has a name that is not UTF-8; a pattern of `dockerignore` is none.
     """
     top = directory.absolute()
     above = [_Level(str(each), _read_patterns(each / ".gitignore"), ()) for each in _repository_above(top)]
-    walk = _Walk(tuple(compiled for text in excludes if (compiled := _compile(text))))
+    walk = _Walk(
+        tuple(compiled for text in excludes if (compiled := _compile(text))),
+        None if dockerignore is None else _read_dockerignore(dockerignore),
+    )
     walk.enter(str(top), "", tuple(above), is_ignored=False, links=frozenset())
     return Snapshot(top, tuple(sorted(walk.found)))
 
@@ -119,6 +133,138 @@ def write_zip(snapshot: Snapshot, limit_bytes: int) -> bytes:
     return archive.getvalue()
 
 
+def write_tar(
+    snapshot: Snapshot, target: BinaryIO, *, prefix: str = "", owner: tuple[int, int] = (0, 0), limit_bytes: int
+) -> str:
+    """Write the snapshot as a tar archive, the same bytes for the same content, and return their SHA-256.
+
+    Directories are members of their own, and before what is in them. Each file is read once.
+
+    Args:
+        snapshot: What to write.
+        target: Where to.
+        prefix: A directory that everything goes below, with `/` at its end.
+        owner: The numeric user and group of every member.
+        limit_bytes: How large the contents may be together.
+
+    Raises:
+        InvalidValueError: They are larger than that (the message names the largest), or a file cannot be read.
+    """
+    if snapshot.size > limit_bytes:
+        raise InvalidValueError(_too_large(snapshot, limit_bytes, "more"))
+    sha = hashlib.sha256()
+    parts: list[bytes] = []
+    pending = written = 0
+    directories: set[str] = set()
+
+    def put(part: bytes) -> None:
+        nonlocal pending
+        parts.append(part)
+        pending += len(part)
+        if pending >= _CHUNK_BYTES:
+            flush()
+
+    def flush() -> None:
+        nonlocal pending
+        block = b"".join(parts)
+        parts.clear()
+        pending = 0
+        sha.update(block)
+        target.write(block)
+
+    headers = _TarHeaders(owner)
+
+    def enter(path: str) -> None:
+        if path and path not in directories:
+            enter(path[: path.rfind("/", 0, -1) + 1])
+            directories.add(path)
+            put(headers.directory(path))
+
+    enter(prefix)
+    root = f"{snapshot.directory}/"
+    for file in snapshot.files:
+        path = prefix + file.path
+        enter(path[: path.rfind("/") + 1])
+        if path.endswith("/"):
+            continue
+        try:
+            descriptor = os.open(root + file.path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # removed since
+        except OSError as error:
+            raise _unreadable(file.path, error) from error
+        try:
+            content = _read(descriptor, file)
+            if len(content) <= _CHUNK_BYTES:
+                size = len(content)
+                put(headers.file(path, size, file.is_executable))
+                put(content)
+            else:  # as large as it is now, whatever happens to it meanwhile
+                size = os.fstat(descriptor).st_size
+                put(headers.file(path, size, file.is_executable))
+                left = size
+                while left:
+                    content = (content or b"\0" * _CHUNK_BYTES)[:left]
+                    left -= len(content)
+                    put(content)
+                    content = _read(descriptor, file) if left else b""
+            written += size
+        finally:
+            os.close(descriptor)
+        if written > limit_bytes:
+            raise InvalidValueError(_too_large(snapshot, limit_bytes, "more"))
+        if rest := -size % _TAR_BLOCK_BYTES:
+            put(b"\0" * rest)
+    put(b"\0" * (2 * _TAR_BLOCK_BYTES))
+    flush()
+    return sha.hexdigest()
+
+
+def _read(descriptor: int, file: SnapshotFile) -> bytes:
+    try:
+        return os.read(descriptor, _CHUNK_BYTES + 1)
+    except OSError as error:
+        raise _unreadable(file.path, error) from error
+
+
+class _TarHeaders:
+    """Makes the headers of tar members; tarfile takes ten times as long."""
+
+    def __init__(self, owner: tuple[int, int]) -> None:
+        self._ids = b"%07o\0%07o\0" % owner
+
+    def directory(self, path: str) -> bytes:
+        return self._member(path, 0, 0o755, b"5")
+
+    def file(self, path: str, size: int, is_executable: bool) -> bytes:
+        return self._member(path, size, 0o755 if is_executable else 0o644, b"0")
+
+    def _member(self, path: str, size: int, mode: int, kind: bytes) -> bytes:
+        name = path.encode()
+        if len(name) <= 100 and size < _TAR_SIZE_LIMIT_BYTES and name.isascii():
+            return self._header(name, size, mode, kind)
+        records = _tar_record("path", name)
+        if size >= _TAR_SIZE_LIMIT_BYTES:
+            records += _tar_record("size", b"%d" % size)
+        extended = self._header(b"pax", len(records), 0o644, b"x") + records + b"\0" * (-len(records) % 512)
+        return extended + self._header(name[:100], size if size < _TAR_SIZE_LIMIT_BYTES else 0, mode, kind)
+
+    def _header(self, name: bytes, size: int, mode: int, kind: bytes) -> bytes:
+        before = b"%-100b%07o\0%b%011o\0%011o\0" % (name, mode, self._ids, size, TAR_TIME_SECONDS)
+        before = name.ljust(100, b"\0") + before[100:]
+        after = kind + b"\0" * 100 + b"ustar\00000".ljust(8, b"\0")
+        checksum = sum(before) + sum(after) + 8 * 32
+        return (before + b"%06o\0 " % checksum + after).ljust(_TAR_BLOCK_BYTES, b"\0")
+
+
+def _tar_record(key: str, value: bytes) -> bytes:
+    rest = b" " + key.encode() + b"=" + value + b"\n"
+    length = len(rest) + len(str(len(rest)))
+    if len(str(length)) + len(rest) != length:
+        length += 1
+    return b"%d" % length + rest
+
+
 class _Pattern(NamedTuple):
     """A line of an ignore file.
 
@@ -153,9 +299,10 @@ class _Level(NamedTuple):
 
 
 class _Walk:
-    def __init__(self, excludes: tuple[_Pattern, ...]) -> None:
+    def __init__(self, excludes: tuple[_Pattern, ...], docker: _Dockerignore | None) -> None:
         self.found: list[SnapshotFile] = []
         self._excludes = excludes
+        self._docker = docker
 
     def enter(
         self, directory: str, below: str, levels: tuple[_Level, ...], *, is_ignored: bool, links: frozenset[str]
@@ -192,6 +339,8 @@ class _Walk:
             raise _unreadable(path, error) from error
         is_directory = stat.S_ISDIR(status.st_mode)
         if _verdict(self._excludes, path, is_directory):
+            return
+        if self._docker is not None and self._docker.leaves_out(path, is_directory):
             return
         if not is_ignored:
             # To git a link is a file, whatever it leads to.
@@ -272,6 +421,97 @@ def _read_patterns(file: Path) -> tuple[_Pattern, ...]:
     except OSError as error:
         raise _unreadable(file.name, error) from error
     return tuple(compiled for line in lines if (compiled := _compile(line)))
+
+
+class _Dockerignore:
+    """Docker's patterns (moby/patternmatcher): from the context's root, the last that matches counts.
+
+    A pattern that matches a directory matches all below it.
+    """
+
+    def __init__(self, patterns: Sequence[tuple[re.Pattern[str], bool]]) -> None:
+        self._patterns = patterns
+        self._may_bring_back = any(brings_back for _, brings_back in patterns)
+        self._above: dict[str, list[bool]] = {"": [False] * len(patterns)}
+
+    def leaves_out(self, path: str, is_directory: bool) -> bool:
+        """Whether a path is excluded, for good: an excluded directory is not where something may be brought back."""
+        if is_directory and self._may_bring_back:
+            return False
+        is_excluded = False
+        for matches, (_, brings_back) in zip(self._matches(path), self._patterns, strict=True):
+            if matches:
+                is_excluded = not brings_back
+        return is_excluded
+
+    def _matches(self, path: str) -> list[bool]:
+        """Which patterns match a path or a directory that it is in."""
+        folder = path.rpartition("/")[0]
+        above = self._above.get(folder)
+        if above is None:
+            above = self._above[folder] = self._matches(folder)
+        return [
+            is_inside or regex.fullmatch(path) is not None
+            for is_inside, (regex, _) in zip(above, self._patterns, strict=True)
+        ]
+
+
+def _read_dockerignore(file: Path) -> _Dockerignore | None:
+    """Return the patterns of a file; None where it has none or is not there."""
+    try:
+        lines = file.read_bytes().decode(errors="surrogateescape").removeprefix("\ufeff").splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise _unreadable(file.name, error) from error
+    patterns = []
+    for line in lines:
+        if line.startswith("#"):
+            continue
+        text = line.strip()
+        brings_back = text.startswith("!")
+        text = text.removeprefix("!").strip()
+        if not text:
+            continue
+        text = os.path.normpath(text).lstrip("/")
+        if text in ("", "."):
+            continue
+        try:
+            patterns.append((re.compile(_translate_for_docker(text), re.DOTALL), brings_back))
+        except re.error as error:
+            raise InvalidValueError(f"{file}: the pattern {line!r} cannot be read ({error})") from error
+    return _Dockerignore(patterns) if patterns else None
+
+
+def _translate_for_docker(text: str) -> str:
+    out, at = "", 0
+    while at < len(text):
+        character = text[at]
+        at += 1
+        if character == "*" and text[at : at + 1] == "*":
+            at += 1
+            if text[at : at + 1] == "/":
+                at += 1
+                out += "(?:.*/)?"
+            else:
+                out += ".*"
+        elif character == "*":
+            out += "[^/]*"
+        elif character == "?":
+            out += "[^/]"
+        elif character == "[":
+            end = text.find("]", at + 1)
+            if end < 0:
+                raise re.error("a [ without a ]")
+            members = text[at:end]
+            out += f"(?!/)[{members}]"
+            at = end + 1
+        elif character == "\\" and at < len(text):
+            out += re.escape(text[at])
+            at += 1
+        else:
+            out += re.escape(character)
+    return out
 
 
 @cache
@@ -422,11 +662,11 @@ def _unreadable(path: str, error: OSError) -> InvalidValueError:
     )
 
 
-def _too_large(snapshot: Snapshot, limit_bytes: int) -> str:
+def _too_large(snapshot: Snapshot, limit_bytes: int, more: str = "compressed more") -> str:
     largest = ", ".join(f"{file.path} ({_size(file.size)})" for file in snapshot.largest())
     return (
         f"the working directory {str(snapshot.directory)!r} is too large to be shipped: {_size(snapshot.size)} in "
-        f"{len(snapshot.files)} files, compressed more than the {_size(limit_bytes)} that the cluster takes. The "
+        f"{len(snapshot.files)} files, {more} than the {_size(limit_bytes)} that the cluster takes. The "
         f"largest files: {largest}. Name what the job does not need in .frayignore or excludes, or have it fetched"
     )
 
