@@ -39,6 +39,7 @@ class DockerHarness(ClusterHarness):
         self.proxy = self._open.enter_context(Proxy(engine.endpoint.host))
         self.spec = f"docker:{self.proxy.host}"
         self.options = {"grace_seconds": 1.0, "base_image": base_image, "ca_bundle": "system", **options}
+        self.options.setdefault("repository", "fray-test/job")  # not the directory's name: other tests had the same
         self._earlier = {info.id for info in self.cluster.list_jobs()}
 
     @contextmanager

@@ -13,7 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from fray.cluster import ClusterContext
-from fray.errors import BackendConflictError, BackendLoadError, BackendNotFoundError, FrayError, InvalidValueError
+from fray.errors import BackendConflictError, BackendLoadError, BackendNotFoundError, FrayError, InvalidValueError, UnsupportedError
 from fray.job import JobContext
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def connect(spec: str | None = None, **options: Any) -> ClusterContext:
         BackendLoadError: The backend is installed and cannot be imported.
         BackendConflictError: Two distributions claim the name.
         InvalidValueError: The backend has no such option.
+        UnsupportedError: Without a spec, in a job that cannot reach its own cluster.
         ConnectionFailedError: The cluster cannot be reached.
     """
     name, address, configured = resolve(spec)
@@ -103,6 +104,11 @@ def resolve(spec: str | None) -> tuple[str, str | None, dict[str, Any]]:
         )
     # A spec with a colon can be no configured name: no file is looked for.
     spec = spec or os.environ.get("FRAY_CLUSTER")
+    if spec is None and (job_id := os.environ.get("FRAY_JOB_ID")):
+        raise UnsupportedError(
+            f"the cluster of this job ({job_id}) cannot be reached from inside it: its backend sets no FRAY_CLUSTER. "
+            "Name another cluster, as in connect('local')"
+        )
     if spec is None or ":" not in spec:
         config = find_config()
         spec = spec or config.default or "local"

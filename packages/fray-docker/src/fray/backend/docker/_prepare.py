@@ -18,9 +18,11 @@ from fray.backend.docker._engine import Endpoint, Engine
 from fray.backend.docker._containers import with_image
 from fray.backend.docker._holder import Holder
 from fray.backend.docker._record import command_name
-from fray.backend.docker._start import create_container, removed_unless_done, start_container
+from fray.backend.docker._registry import pull
+from fray.backend.docker._start import LackingError, create_container, removed_unless_done, start_container
+from fray.backend.docker.images import FrozenBuild, build_frozen
 from fray.detached import leave_caller
-from fray.errors import FrayError
+from fray.errors import FrayError, PlatformError
 from fray.types import TerminationReason
 
 __all__ = ["READY", "Preparation", "main"]
@@ -90,6 +92,8 @@ def main() -> None:
         os.dup2(null, 2)
         try:
             _prepare(engine, preparation, holder)
+        except LackingError as error:
+            holder.end(TerminationReason.INFEASIBLE, str(error))
         except FrayError as error:
             holder.end(TerminationReason.SETUP_FAILED, str(error))
         except Exception as error:
@@ -117,5 +121,17 @@ def _prepare(engine: Engine, preparation: Preparation, holder: Holder) -> None:
                 stdin.finish()
 
 
-def _image(engine: Engine, preparation: Preparation, holder: Holder) -> Any:
-    ...
+def _image(engine: Engine, preparation: Preparation, holder: Holder) -> dict[str, Any]:
+    """Pull or build the image, and return it by its inspection."""
+    name = preparation.image
+    if name is not None:
+        pull(engine, name, preparation.platform, holder.say)
+    else:
+        assert preparation.build is not None
+        frozen = FrozenBuild.from_dict(preparation.build)
+        built = build_frozen(frozen, engine, holder.write, holder.say, cancel=holder.is_over)
+        name = built.id
+    found = engine.inspect_image(name)
+    if found is None:
+        raise PlatformError(f"the image {name} was made, and the engine does not have it")
+    return found

@@ -7,6 +7,7 @@ name.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,6 +23,7 @@ from fray.errors import JobExistsError, JobNotFoundError, PlatformError, Submiss
 
 __all__ = [
     "ImageGoneError",
+    "LackingError",
     "create_container",
     "remove_container",
     "removed_unless_done",
@@ -32,10 +34,15 @@ __all__ = [
 # A client that has not started its job after so long is not going to.
 _STALE_SECONDS = 60.0
 _FILLINGS = 3
+_DEVICES = re.compile(r"could not select device driver|nvidia-container-cli|CDI device", re.IGNORECASE)
 
 
 class ImageGoneError(Exception):
     """The image that a container was to be made from is not there any more."""
+
+
+class LackingError(Exception):
+    """The engine's machine does not have a device that the job asks for."""
 
 
 def create_container(engine: Engine, name: str, native: Mapping[str, Any], platform: str | None = None) -> str:
@@ -67,7 +74,8 @@ def start_container(engine: Engine, container: str) -> None:
     """Start a container; where the volume with its runner is empty, fill it first.
 
     Raises:
-        SubmissionError: The engine cannot start it.
+        LackingError: It lacks a device.
+        SubmissionError: It cannot be started for another reason.
     """
     for filling in range(_FILLINGS):
         with engine.errors():
@@ -75,6 +83,10 @@ def start_container(engine: Engine, container: str) -> None:
                 engine.api.start(container)
                 return
             except APIError as error:
+                if _DEVICES.search(str(error.explanation)):
+                    raise LackingError(
+                        f"the engine's machine does not have the GPUs that are asked for: {error.explanation}"
+                    ) from error
                 if not is_missing_runner(error) or filling == _FILLINGS - 1:
                     raise SubmissionError(
                         f"the engine at {engine.endpoint.host} cannot start the job: {error.explanation}"

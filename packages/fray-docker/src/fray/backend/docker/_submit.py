@@ -25,13 +25,14 @@ from fray.backend.docker._prepare import READY, Preparation
 from fray.backend.docker._record import Submission, job_name
 from fray.backend.docker._start import (
     ImageGoneError,
+    LackingError,
     create_container,
     removed_unless_done,
     start_container,
 )
 from fray.backend.docker._toolbox import Toolbox
 from fray.cluster import JobPlan, JobRequest
-from fray.detached import program, start_detached
+from fray.detached import program, reap_launchers, start_detached
 from fray.errors import InvalidValueError, SubmissionError, UnsupportedError
 from fray.request import current_owner
 from fray.supervision import encode_handover
@@ -134,12 +135,15 @@ def submit(plan: JobPlan, engine: Engine, toolbox: Toolbox) -> None:
     details: _Details = plan.details
     request = plan.request
     if details.lacking:
-        _submit_infeasible(request.job_id, details, engine, toolbox)
+        _submit_infeasible(request.job_id, details, details.lacking, engine, toolbox)
         return
     toolbox.ensure_volume()
     if details.present is not None:
         try:
             _submit_at_once(request, details, engine)
+            return
+        except LackingError as error:
+            _submit_infeasible(request.job_id, details, str(error), engine, toolbox)
             return
         except ImageGoneError:
             pass  # removed since it was looked for
@@ -164,12 +168,12 @@ def _submit_at_once(request: JobRequest, details: _Details, engine: Engine) -> N
             stdin.finish()
 
 
-def _submit_infeasible(job_id: str, details: _Details, engine: Engine, toolbox: Toolbox) -> None:
+def _submit_infeasible(job_id: str, details: _Details, message: str, engine: Engine, toolbox: Toolbox) -> None:
     submission = details.submission(True)
     container = _create_holder(job_id, submission, engine, toolbox)
     with removed_unless_done(engine, container) as done:
         with Holder(engine, container, submission.submission_time) as holder:
-            holder.end(TerminationReason.INFEASIBLE, details.lacking)
+            holder.end(TerminationReason.INFEASIBLE, message)
             holder.wait_until_known()
         done()
 
@@ -219,6 +223,7 @@ def _start_preparing(preparation: Preparation, context: IO[bytes], request: JobR
             except BrokenPipeError:
                 pass  # what it says tells why
         answer = words.read(len(READY))
+        reap_launchers()  # it left its starter behind before it spoke
         if answer != READY:
             trouble = (answer + words.read()).decode(errors="replace").strip()
             raise SubmissionError(f"the process that prepares job {preparation.job_id} did not start: {trouble}")
