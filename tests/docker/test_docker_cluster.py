@@ -62,9 +62,9 @@ def derived(engine: Engine, base: str, name: str, dockerfile: str) -> str:
 
 def test_a_plan_is_the_engines_own_request_and_does_nothing(harness: DockerHarness) -> None:
     env = in_image(harness, env={"LR": "1e-3", "API_TOKEN": "t0p"}, secrets={"HIDDEN": "s3cret"})
-    before = harness.engine.api.containers(all=True)
+    before = [each["Id"] for each in harness.engine.api.containers(all=True)]
     plan = harness.cluster.plan_job("echo hi", env, job_id="planned", timeout_seconds=5, max_retries=2)
-    assert harness.engine.api.containers(all=True) == before
+    assert [each["Id"] for each in harness.engine.api.containers(all=True)] == before
     native = json.loads(str(plan))["native"]
     assert native["name"] == "fray.planned"
     container = native["container"]
@@ -236,7 +236,7 @@ def test_an_image_without_a_shell_fails_its_job(harness: DockerHarness) -> None:
 
 def test_the_engines_own_log_is_readable(harness: DockerHarness) -> None:
     info = harness.run("echo first; printf 'bar \\377\\n'; echo last", in_image(harness))
-    shown = harness.engine.api.logs(harness.command_container(info.id)["Id"]).decode().splitlines()
+    shown = harness.engine.api.logs(harness.command_container(info.id)["Id"]).decode().split("\n")
     assert "first" in shown
     assert "last" in shown
     assert "\x1e+bar \\xff" in shown

@@ -49,7 +49,7 @@ class Attached:
             self._socket.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass  # the other side was first
-        self._stream.close()
+        self._release()
 
     def finish(self) -> None:
         """Say that nothing more is sent, and close."""
@@ -59,7 +59,14 @@ class Attached:
                 self._socket.shutdown(socket.SHUT_WR)
         except OSError:
             pass
-        self._stream.close()
+        self._release()
+
+    def _release(self) -> None:
+        # Each of them holds the connection open.
+        response = getattr(self._stream, "_response", None)
+        for each in (response and response.raw._fp.fp, self._stream, self._socket):
+            if each is not None:
+                each.close()
 
     def __enter__(self) -> Self:
         return self

@@ -6,19 +6,28 @@ context in use, the default socket. Whatever a request meets comes out as an err
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import docker
-from docker.context import ContextAPI
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 from docker.tls import TLSConfig
 
-from fray.errors import AuthenticationError, ConnectionFailedError, InvalidValueError, PlatformError, SubmissionError
+from fray.errors import (
+    AuthenticationError,
+    ConnectionFailedError,
+    FrayError,
+    InvalidValueError,
+    PlatformError,
+    SubmissionError,
+)
 
 __all__ = ["ContainerGoneError", "Endpoint", "Engine", "engine_errors", "find_endpoint"]
 
@@ -101,30 +110,40 @@ class Engine:
         self._has_client = False
 
     @cached_property
+    def version(self) -> dict[str, Any]:
+        """The engine's version, operating system (`Os`) and architecture (`Arch`), asked once."""
+        with self.errors():
+            client = self._client(docker.constants.DEFAULT_DOCKER_API_VERSION)
+            try:
+                found: dict[str, Any] = client.version(api_version=False)
+            finally:
+                client.close()
+            return found
+
+    @cached_property
     def api(self) -> docker.APIClient:
         """docker-py's client, at the engine's own version of the API; its first use asks for that."""
+        client = self._client(self.version["ApiVersion"])
+        self._has_client = True
+        return client
+
+    def _client(self, version: str) -> docker.APIClient:
         tls: TLSConfig | bool = False
         if self.endpoint.uses_tls:
             tls = TLSConfig(
                 client_cert=self.endpoint.certificate, ca_cert=self.endpoint.ca, verify=self.endpoint.verify
             )
-        with engine_errors(self.endpoint):
-            client = docker.APIClient(
-                base_url=self.endpoint.host,
-                version="auto",
-                tls=tls,
-                timeout=self.timeout_seconds,
-                use_ssh_client=self.endpoint.host.startswith("ssh://"),
-            )
-        self._has_client = True
+        client = docker.APIClient(
+            base_url=self.endpoint.host,
+            version=version,
+            tls=tls,
+            timeout=self.timeout_seconds,
+            use_ssh_client=self.endpoint.host.startswith("ssh://"),
+        )
+        if client.verify is not True:
+            # Or REQUESTS_CA_BUNDLE would go before the CA that the engine is checked by (psf/requests#3829).
+            client.trust_env = False
         return client
-
-    @cached_property
-    def version(self) -> dict[str, Any]:
-        """The engine's version, operating system (`Os`) and architecture (`Arch`), asked once."""
-        with self.errors():
-            found: dict[str, Any] = self.api.version()
-            return found
 
     @cached_property
     def info(self) -> dict[str, Any]:
@@ -184,12 +203,11 @@ class Engine:
         with self.errors():
             try:
                 self.api.kill(container, "SIGTERM")
+                if self.api.inspect_container(container)["State"]["Paused"]:
+                    self.api.unpause(container)  # or it would hear of it when somebody else does that
             except APIError as error:
-                if error.status_code not in (404, 409):
+                if error.status_code not in (404, 409):  # it does not run
                     raise
-                if "is paused" in str(error.explanation):
-                    self.api.unpause(container)
-                    self.api.kill(container, "SIGTERM")
 
     def close(self) -> None:
         """Close the connections."""
@@ -214,6 +232,8 @@ def engine_errors(endpoint: Endpoint) -> Iterator[None]:
 
     try:
         yield
+    except FrayError:
+        raise  # by an inner use of this
     except APIError as error:
         said = str(error.explanation or error)
         status = error.response.status_code if error.response is not None else 0
@@ -258,23 +278,32 @@ def _with_tls_of_environment(host: str, named_by: str) -> Endpoint:
 
 
 def _of_context(name: str, named_by: str) -> Endpoint:
+    # The docker command's own files: docker-py's reader finds none where there is no config.json beside them.
+    key = hashlib.sha256(name.encode()).hexdigest()
+    folder = _config_folder() / "contexts"
     try:
-        context = ContextAPI.get_context(name)
-    except Exception as error:  # docker-py raises a bare one for a damaged file
-        raise InvalidValueError(f"{named_by} cannot be read: {error}") from error
-    if context is None:
+        known = json.loads((folder / "meta" / key / "meta.json").read_bytes())["Endpoints"]["docker"]
+        host, verify = str(known["Host"]), not known.get("SkipTLSVerify", False)
+    except FileNotFoundError:
         raise InvalidValueError(
             f"there is no docker context {name!r} (`docker context ls` shows them); an address is a URL such as "
             "unix:///var/run/docker.sock or tcp://host:2376"
-        )
-    tls = context.TLSConfig
-    if tls is None:
-        return Endpoint(context.Host, named_by)
-    return Endpoint(context.Host, named_by, tls.ca_cert, tls.cert, bool(tls.verify))
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidValueError(f"{named_by} cannot be read: {type(error).__name__}: {error}") from error
+    files = {file: str(folder / "tls" / key / "docker" / f"{file}.pem") for file in ("ca", "cert", "key")}
+    there = {file: path for file, path in files.items() if os.path.exists(path)}
+    certificate = (there["cert"], there["key"]) if {"cert", "key"} <= there.keys() else None
+    return Endpoint(host, named_by, there.get("ca"), certificate, verify)
 
 
 def _context_in_use() -> str | None:
-    from docker.utils.config import load_general_config
-
-    name = load_general_config().get("currentContext")
+    try:
+        name = json.loads((_config_folder() / "config.json").read_bytes()).get("currentContext")
+    except (OSError, ValueError, AttributeError):
+        return None  # without it, as the docker command does
     return name if isinstance(name, str) else None
+
+
+def _config_folder() -> Path:
+    return Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
