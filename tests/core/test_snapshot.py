@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import random
 import shutil
 import subprocess
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from fray.errors import InvalidValueError
-from fray.snapshot import collect, digest, write_zip
+from fray.snapshot import collect, digest, write_tar, write_zip
 
 LIMIT = 1 << 30
 
@@ -203,3 +205,101 @@ def test_git_and_fray_agree(tmp_path: Path, seed: int) -> None:
     found = [name for name in shipped(tree) if not name.endswith("/")]
     patterns = {str(path.relative_to(tree)): path.read_text() for path in tree.rglob(".gitignore")}
     assert found == expected, patterns
+
+
+def tar_of(directory: Path, **options: object) -> tuple[bytes, str]:
+    target = io.BytesIO()
+    sha = write_tar(collect(directory), target, **{"limit_bytes": LIMIT, **options})  # type: ignore[arg-type]
+    return target.getvalue(), sha
+
+
+def test_a_tar_holds_every_file_below_its_directories(tmp_path: Path) -> None:
+    make(tmp_path, "b", "a/c", "empty/deep/", "ü" * 60, "l" * 99 + "/" + "m" * 150)
+    (tmp_path / "a" / "c").chmod(0o755)
+    (tmp_path / "large").write_bytes(os.urandom((3 << 20) + 1))
+    content, sha = tar_of(tmp_path, prefix="work/", owner=(1000, 100))
+    assert hashlib.sha256(content).hexdigest() == sha
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        members = archive.getmembers()
+        names = [member.name for member in members]
+        for member in members:
+            assert (member.uid, member.gid, member.mtime) == (1000, 100, 1580601600)
+            parent = member.name.rpartition("/")[0]
+            assert not parent or names.index(parent) < names.index(member.name)
+            file = archive.extractfile(member)
+            if file is not None:
+                assert file.read() == (tmp_path / member.name.removeprefix("work/")).read_bytes()
+        assert {member.name: oct(member.mode) for member in members if member.name in ("work/a/c", "work/b")} == {
+            "work/a/c": "0o755",
+            "work/b": "0o644",
+        }
+        assert {"work", "work/empty", "work/empty/deep"} <= {member.name for member in members if member.isdir()}
+
+
+def test_a_tar_is_the_same_for_the_same_content(tmp_path: Path) -> None:
+    make(tmp_path / "one", "b", "a/c")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    os.utime(tmp_path / "two" / "b", (1, 1))
+    assert tar_of(tmp_path / "one") == tar_of(tmp_path / "two")
+    (tmp_path / "two" / "b").write_text("c")
+    assert tar_of(tmp_path / "one")[1] != tar_of(tmp_path / "two")[1]
+
+
+@pytest.mark.parametrize("size", [0, 5, 600, (2 << 20) + 3])
+def test_a_file_that_changes_meanwhile_leaves_a_readable_tar(tmp_path: Path, size: int) -> None:
+    (tmp_path / "a").write_bytes(b"x" * 5000)
+    (tmp_path / "b").write_text("after")
+    (tmp_path / "gone").write_text("")
+    snapshot = collect(tmp_path)
+    (tmp_path / "a").write_bytes(b"y" * size)
+    (tmp_path / "gone").unlink()
+    target = io.BytesIO()
+    write_tar(snapshot, target, limit_bytes=LIMIT)
+    target.seek(0)
+    with tarfile.open(fileobj=target) as archive:
+        found = {member.name: archive.extractfile(member).read() for member in archive}  # type: ignore[union-attr]
+    assert found == {"a": b"y" * size, "b": b"after"}
+
+
+def test_a_tar_that_is_too_large_names_the_largest(tmp_path: Path) -> None:
+    make(tmp_path, "small")
+    (tmp_path / "big").write_bytes(b"x" * 2048)
+    with pytest.raises(InvalidValueError, match=r"more than the 1\.0 KiB .*files: big \(2\.0 KiB\)"):
+        tar_of(tmp_path, limit_bytes=1024)
+
+
+@pytest.mark.parametrize(
+    ("lines", "kept"),
+    [
+        ("a", "b.md|sub/a|sub/b.md|sub/deep/c.md"),
+        ("*.md", "a|sub/a|sub/b.md|sub/deep/c.md"),
+        ("**/*.md", "a|sub/a"),
+        ("*/*.md", "a|b.md|sub/a|sub/deep/c.md"),
+        ("/sub/", "a|b.md"),
+        ("./sub/../sub", "a|b.md"),
+        ("sub\n!sub/a", "a|b.md|sub/a"),
+        ("!sub/a\nsub", "a|b.md"),
+        ("*\n!**/*.md\nsub/deep", "b.md|sub/b.md"),
+        ("# a\n\n  a  ", "b.md|sub/a|sub/b.md|sub/deep/c.md"),
+        ("s?b/[a-b]*", "a|b.md|sub/deep/c.md"),
+        ("**", ""),
+        (".", "a|b.md|sub/a|sub/b.md|sub/deep/c.md"),
+        ("sub/**/c.md", "a|b.md|sub/a|sub/b.md"),
+    ],
+)
+def test_dockers_patterns_mean_what_they_mean_to_docker(tmp_path: Path, lines: str, kept: str) -> None:
+    directory = make(tmp_path / "project", "a", "b.md", "sub/a", "sub/b.md", "sub/deep/c.md")
+    (tmp_path / "ignore").write_text(lines)
+    found = [file.path for file in collect(directory, (), tmp_path / "ignore").files]
+    assert found == [path for path in kept.split("|") if path]
+
+
+def test_dockers_patterns_bring_back_nothing_that_others_leave_behind(tmp_path: Path) -> None:
+    make(tmp_path, "a.log", "b.tmp", "c", ".venv/x")
+    (tmp_path / ".gitignore").write_text("*.log\n")
+    (tmp_path / ".dockerignore").write_text("*\n!a.log\n!b.tmp\n!.venv\n")
+    assert [file.path for file in collect(tmp_path, ["*.tmp"], tmp_path / ".dockerignore").files] == []
+    (tmp_path / "bad").write_text("[a\n")
+    with pytest.raises(InvalidValueError, match=r"\[a"):
+        collect(tmp_path, (), tmp_path / "bad")
+    assert "c" in [file.path for file in collect(tmp_path, (), tmp_path / "none").files]

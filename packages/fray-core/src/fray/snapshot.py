@@ -222,7 +222,10 @@ def write_tar(
 
 def _read(descriptor: int, file: SnapshotFile) -> bytes:
     try:
-        return os.read(descriptor, _CHUNK_BYTES + 1)
+        content = os.read(descriptor, _CHUNK_BYTES + 1)
+        while len(content) < min(file.size, _CHUNK_BYTES + 1) and (more := os.read(descriptor, _CHUNK_BYTES)):
+            content += more  # some file systems give less at once than is there
+        return content
     except OSError as error:
         raise _unreadable(file.path, error) from error
 

@@ -26,7 +26,7 @@ from fray.errors import ConnectionFailedError, ImageBuildError
 __all__ = ["BuildKitCommand", "build_by_buildkit", "find_cli"]
 
 _SHOWN_LINES = 20
-# From 23.0 on `docker build` with DOCKER_BUILDKIT=1 needs the buildx plugin; before, the command has a client of its own.
+# From 23.0 on DOCKER_BUILDKIT=1 needs the buildx plugin; before, the command has a client of its own.
 _FIRST_WITHOUT_OWN_CLIENT = 23
 _FIRST_API_WITH_BUILDKIT = (1, 39)
 _PROBE_SECONDS = 20
@@ -114,7 +114,7 @@ def build_by_buildkit(
         ConnectionFailedError: The engine cannot be reached.
     """
     with contextlib.ExitStack() as stack:
-        # Not flat: a directory, of which the engine is sent only what it has not. Flat: thousands of files, as a stream.
+        # Few files go as a directory, which the engine handles once; the many of a flat context as a stream.
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fray-build-")))
         standard_input: IO[bytes] | None = None
         if request.context.is_flat:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from fray.backend.docker._engine import Engine
@@ -16,6 +17,7 @@ from fray.errors import ImageBuildError
 __all__ = ["build_classic"]
 
 _SHOWN_LINES = 20
+_WATCH_SECONDS = 0.05
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # by which the engine tells what went to stderr
 
 
@@ -33,28 +35,26 @@ def build_classic(
     """
     tail: deque[str] = deque(maxlen=_SHOWN_LINES)
     step = ""
-    with tempfile.TemporaryFile() as archive:
+    # A client of its own: to end the build, its connection is cut.
+    with tempfile.TemporaryFile() as archive, _own_client(engine) as own, _Connection(own, cancel) as connection:
         request.context.write_tar(archive)
         archive.seek(0)
-        with engine.errors():
-            events = engine.api.build(
-                fileobj=archive,
-                custom_context=True,
-                dockerfile=request.dockerfile_name,
-                tag=request.tag,
-                buildargs=dict(request.build_args),
-                target=request.target,
-                platform=request.platform,
-                labels=dict(request.labels) or None,
-                rm=True,
-                forcerm=True,
-                decode=True,
-                timeout=None,
-            )
-            try:
-                for event in events:
-                    if cancel is not None and cancel.is_set():
-                        raise ImageBuildError(f"building the image {request.tag} was cancelled")
+        try:
+            with own.errors():
+                for event in own.api.build(
+                    fileobj=archive,
+                    custom_context=True,
+                    dockerfile=request.dockerfile_name,
+                    tag=request.tag,
+                    buildargs=dict(request.build_args),
+                    target=request.target,
+                    platform=request.platform,
+                    labels=dict(request.labels) or None,
+                    rm=True,
+                    forcerm=True,
+                    decode=True,
+                    timeout=None,
+                ):
                     text = _text(event)
                     if text:
                         on_output(text.encode())
@@ -64,8 +64,57 @@ def build_classic(
                         on_progress(f"building image, step {match[1]}")
                     if "error" in event:
                         raise ImageBuildError(_failure(request, step, tail))
-            finally:
-                events.close()  # the engine stops a build whose client has gone
+        except Exception as error:
+            if not connection.is_cut:
+                raise
+            raise ImageBuildError(f"building the image {request.tag} was cancelled") from error
+        if connection.is_cut:
+            raise ImageBuildError(f"building the image {request.tag} was cancelled")
+
+
+@contextlib.contextmanager
+def _own_client(engine: Engine) -> Iterator[Engine]:
+    own = Engine(engine.endpoint)
+    try:
+        yield own
+    finally:
+        own.close()
+
+
+class _Connection:
+    """The connection that a build goes over; when it is cut, the engine stops the build and removes its container."""
+
+    def __init__(self, own: Engine, cancel: threading.Event | None) -> None:
+        self.is_cut = False
+        self._cancel = cancel
+        self._is_over = threading.Event()
+        self._responses: list[Any] = []
+        with own.errors():
+            own.api.hooks["response"].append(lambda response, **_: self._responses.append(response))
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> _Connection:
+        if self._cancel is not None:
+            self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        if self._cancel is not None:
+            self._watcher.join()
+        for response in self._responses:
+            response.close()
+
+    def _watch(self) -> None:
+        assert self._cancel is not None
+        while not self._is_over.is_set():
+            if self._responses and self._cancel.wait(_WATCH_SECONDS):
+                self.is_cut = True
+                with contextlib.suppress(OSError, ValueError):  # it has ended by itself
+                    self._responses[-1].raw.shutdown()
+                return
+            if not self._responses:
+                self._is_over.wait(_WATCH_SECONDS)
 
 
 def _text(event: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """What a build sends to the engine: a few small files, and the project's source as one archive.
 
-For a Dockerfile of Fray's the source is a single member, `source.tar`, that the engine unpacks into a layer: neither side
-handles thousands of files twice. For the project's own Dockerfile its files are the context.
+For a Dockerfile of Fray's the source is a single member, `source.tar`, that the engine unpacks into a layer: neither
+side handles thousands of files twice. For the project's own Dockerfile its files are the context.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import os
 import tarfile
 import tempfile
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,9 +52,11 @@ def read_source(
 ) -> Source:
     """Read a directory once: which files are shipped, their content, and its digest."""
     snapshot = collect(directory, excludes, dockerignore)
-    archive = tempfile.SpooledTemporaryFile(_IN_MEMORY_BYTES)  # noqa: SIM115  (lives as long as the source)
+    archive = _Spool(_IN_MEMORY_BYTES)
     digest = write_tar(snapshot, archive, prefix=prefix, owner=owner, limit_bytes=limit_bytes)  # type: ignore[arg-type]
-    return Source(archive, digest, snapshot)
+    source = Source(archive, digest, snapshot)
+    weakref.finalize(source, archive.close)  # of a plan that comes to nothing, too
+    return source
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def read_context(archive: IO[bytes]) -> Context:
             content = members.extractfile(member)
             assert content is not None
             if member.name == SOURCE:
-                source = tempfile.SpooledTemporaryFile(_IN_MEMORY_BYTES)  # noqa: SIM115
+                source = _Spool(_IN_MEMORY_BYTES)
                 for chunk in iter(lambda: content.read(_COPY_BYTES), b""):  # noqa: B023
                     source.write(chunk)
             else:
@@ -113,6 +116,13 @@ def read_context(archive: IO[bytes]) -> Context:
 def file_digest(content: bytes) -> str:
     """The SHA-256 of a small file."""
     return hashlib.sha256(content).hexdigest()
+
+
+class _Spool(tempfile.SpooledTemporaryFile[bytes]):
+    """Lives as long as what holds it, and is then closed without a word."""
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def _member(name: str, size: int) -> tarfile.TarInfo:

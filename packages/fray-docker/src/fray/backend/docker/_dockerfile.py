@@ -1,8 +1,8 @@
 """The one description of an image that Fray makes, and its two renderings: for BuildKit, and for the classic builder.
 
-Layers from the one that changes least: base, CA bundle, user, packages, source, the project itself. BuildKit sees uv, the
-lock and the caches through mounts below /dev, which is not part of a layer; the classic builder, which has no mounts,
-copies them into a layer and removes them in the last step that needs them.
+Layers from the one that changes least: base, CA bundle, user, packages, source, the project itself. BuildKit sees uv,
+the lock and the caches through mounts below /dev, which is not part of a layer; the classic builder, which has no
+mounts, copies them into a layer and removes them in the last step that needs them.
 """
 
 from __future__ import annotations
@@ -113,13 +113,14 @@ def render(recipe: Recipe, dialect: Dialect) -> str:
     # What changes with each edit comes last: in the classic builder every later step costs a container.
     lines.append(f"LABEL fray.image=1 fray.project={json.dumps(recipe.project)}")
     user = "fray" if not recipe.keep_user else (recipe.user if recipe.user is not None else _KNOWN_LATER)
+    if is_staged:
+        # Before WORKDIR, which would make the directory root's.
+        lines.append(f"COPY --from=source --chown={user} {WORKSPACE} {WORKSPACE}")
     if recipe.has_source or not recipe.keep_user:
         lines.append(f"WORKDIR {WORKSPACE}")
     if user and not recipe.local_projects:
         lines.append(f"USER {user}")
-    if is_staged:
-        lines.append(f"COPY --from=source --chown={user} {WORKSPACE} {WORKSPACE}")
-    elif recipe.has_source:
+    if recipe.has_source and not is_staged:
         lines.append("ADD source.tar /")
     if recipe.local_projects:
         lines += _install_projects(recipe, dialect, tools, user)

@@ -6,7 +6,7 @@ image = builder.push(builder.build(), "registry.example.com/team/my-project")
 ```
 
 An image is named by all that goes into it: what is in the engine under that name is what a build would make, so an
-unchanged project costs one look-up. `freeze` fixes everything now and `build_frozen` builds it later, in another process.
+unchanged project costs one look-up. `freeze` fixes everything now, `build_frozen` builds it later, in another process.
 """
 
 from __future__ import annotations
@@ -351,6 +351,7 @@ class ImageBuilder:
             self._build_secrets,
             index_settings(),
             cancel,
+            is_base_known=inputs.base.config is not None,
         )
 
     def freeze(self, place: str | os.PathLike[str]) -> FrozenBuild:
@@ -744,6 +745,8 @@ def _carry_out(
     build_secrets: Mapping[str, str],
     settings: Mapping[str, str],
     cancel: threading.Event | None,
+    *,
+    is_base_known: bool = False,
 ) -> ImageRef:
     command = choose_builder(frozen.builder, engine)
     recipe = frozen.recipe
@@ -760,7 +763,8 @@ def _carry_out(
     labels = {"fray.image": "1", "fray.project": frozen.project}
     if recipe is not None:
         labels = {}
-        recipe = _complete(frozen, recipe, engine, on_progress)
+        if not is_base_known:  # looked at just now
+            recipe = _complete(frozen, recipe, engine, on_progress)
         if recipe.has_packages:
             ensure_uv_image(engine, recipe.uv_image, frozen.platform, frozen.base, on_progress)
             if command is None:
