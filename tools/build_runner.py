@@ -1,7 +1,7 @@
 """Build fray-docker's runner for each architecture, or check that those in the tree are what its source builds.
 
-The compiler is the pinned one of requirements/runner.txt, in an environment of its own; it brings the C library along, so
-that the same source makes the same bytes on every machine and in every directory.
+The compiler is the pinned one of requirements/runner.txt, in an environment of its own; it brings the C library along,
+so that the same source makes the same bytes on every machine and in every directory.
 """
 
 import argparse
@@ -18,7 +18,7 @@ BINARIES = ROOT / "packages" / "fray-docker" / "src" / "fray" / "backend" / "doc
 LOCK = ROOT / "requirements" / "runner.txt"
 CACHE = ROOT / ".cache" / "runner"
 TARGETS = {"fray-runner-amd64": "x86_64-linux-musl", "fray-runner-arm64": "aarch64-linux-musl"}
-FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-static", "-Os", "-s"]
+FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-static", "-O2", "-s"]
 
 
 def main() -> int:

@@ -160,8 +160,6 @@ void frames_take(struct frames *frames, const char *data, size_t length)
         length -= part;
     }
     frames->line_due = frames->line.length ? monotonic() + PATIENCE : NEVER;
-    if (!frames_has_room(frames))
-        frames_send(frames);
 }
 
 bool frames_has_room(const struct frames *frames)
@@ -173,6 +171,17 @@ void frames_end_line(struct frames *frames)
 {
     put_pieces(frames, frames->line.bytes, frames->line.length, '-');
     frames->line.length = 0;
+    frames->line_due = NEVER;
+}
+
+void frames_end_due_line(struct frames *frames)
+{
+    struct text *line = &frames->line;
+    if (monotonic() < frames->line_due)
+        return;
+    size_t whole = line->length - utf8_unfinished(line->bytes, line->length);
+    put_pieces(frames, line->bytes, whole, '-');
+    text_remove(line, whole);
     frames->line_due = NEVER;
 }
 

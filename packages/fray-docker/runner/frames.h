@@ -46,6 +46,9 @@ bool frames_has_room(const struct frames *frames);
 /* Frame what no newline has come for. */
 void frames_end_line(struct frames *frames);
 
+/* The same, once it has been waited for long enough; half a character is left. */
+void frames_end_due_line(struct frames *frames);
+
 /* Add an event, which comes behind all output that was framed before. */
 void frames_put_event(struct frames *frames, const struct text *json);
 

@@ -15,9 +15,10 @@ static void read_head(struct handover *handover)
     if (!newline)
         return;
     *newline = '\0';
-    handover->is_malformed = !parse_number(handover->data.bytes, &handover->size) || handover->size < 0 ||
-                             strspn(handover->data.bytes, "0123456789") != strlen(handover->data.bytes);
-    text_remove(&handover->data, (size_t)(newline - handover->data.bytes) + 1);
+    size_t length = (size_t)(newline - handover->data.bytes);
+    handover->is_malformed = strspn(handover->data.bytes, "0123456789") != length ||
+                             !parse_number(handover->data.bytes, &handover->size);
+    text_remove(&handover->data, length + 1);
     if (handover->is_malformed)
         handover->size = 0;
 }
@@ -43,17 +44,11 @@ bool handover_take(struct handover *handover, struct environment *environment)
     struct text *data = &handover->data;
     if (!data->length)
         return true;
-    char *end = data->bytes + data->length;
-    if (end[-1])
-        text_string(data), end = data->bytes + data->length; /* what is behind the last NUL is no pair */
-    for (char *entry = data->bytes, *next; entry < end; entry = next) {
-        char *nul = memchr(entry, '\0', (size_t)(end - entry));
-        if (!nul)
-            break;
+    char *entry = data->bytes, *end = data->bytes + data->length, *nul;
+    for (; entry < end && (nul = memchr(entry, '\0', (size_t)(end - entry))); entry = nul + 1) {
         if (!strchr(entry, '='))
             return false;
         environment_set(environment, entry);
-        next = nul + 1;
     }
-    return true;
+    return true; /* what is behind the last NUL is no pair */
 }

@@ -12,12 +12,12 @@
 #include "runner.h"
 #include "system.h"
 
-static int relay_for(const char *seconds)
+static microseconds patience_of(const char *seconds)
 {
     microseconds patience;
     if (!parse_seconds(seconds, &patience) || patience <= 0)
         die(EXIT_USAGE, "usage: relay SECONDS");
-    return relay(patience);
+    return patience;
 }
 
 static void keep_held_to_oneself(const struct options *options)
@@ -31,12 +31,12 @@ static void keep_held_to_oneself(const struct options *options)
 
 int main(int count, char **arguments)
 {
+    /* Whichever it is, there is nothing to tidy: the process is over, and who waits for it waits no longer than needed. */
     occupy_standard_descriptors();
     if (count == 3 && !strcmp(arguments[1], "relay"))
-        return relay_for(arguments[2]);
+        _exit(relay(patience_of(arguments[2])));
     struct options options = options_parse(count - 1, arguments + 1);
     keep_held_to_oneself(&options);
     pid_t guard = options.detach ? detach() : NONE;
-    /* Nothing to tidy: the process is over, and whoever waits for it waits no longer than needed. */
     _exit(run(&options, guard));
 }

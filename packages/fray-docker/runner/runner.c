@@ -41,6 +41,7 @@ struct runner {
     struct environment environment;
     struct tree tree;
     int signals;
+    bool is_woken; /* by a signal since the last wait began: it may tell of a child that nobody has looked after yet */
     enum asked asked;
     microseconds deadline;
     const char *outputs;
@@ -62,9 +63,11 @@ struct attempt_watch {
 
 static void hear_signals(struct runner *runner)
 {
-    for (int number; (number = next_signal(runner->signals));)
+    for (int number; (number = next_signal(runner->signals));) {
+        runner->is_woken = true;
         if (number != SIGCHLD && runner->asked == NOBODY)
             runner->asked = number == SIGPWR ? ENGINE : USER;
+    }
 }
 
 static bool is_asked_to_stop(struct runner *runner)
@@ -89,19 +92,17 @@ static _Noreturn void lose_leash(struct runner *runner)
     _exit(EXIT_INTERNAL);
 }
 
-/* Take in what output is there, as far as there is room for it. */
+/* Frame what output is there, as far as there is room for it, so that the next event comes behind it. */
 static void settle_output(struct runner *runner)
 {
-    if (!runner->has_output)
-        return;
-    while (output_pump(&runner->output) && runner->output.frames)
-        ;
+    if (runner->options->frames >= 0)
+        while (output_pump(&runner->output))
+            ;
 }
 
 static void send_frames(struct runner *runner)
 {
-    if (runner->frames.line_due <= monotonic())
-        frames_end_line(&runner->frames);
+    frames_end_due_line(&runner->frames);
     frames_send(&runner->frames);
 }
 
@@ -110,11 +111,10 @@ static void send_frames(struct runner *runner)
 static bool wait_for(struct runner *runner, int fd, microseconds until)
 {
     bool is_framed = runner->options->frames >= 0;
-    if (is_framed) {
-        send_frames(runner);
-        if (until > runner->frames.line_due)
-            until = runner->frames.line_due;
-    }
+    if (is_framed && until > runner->frames.line_due)
+        until = runner->frames.line_due;
+    if (runner->is_woken)
+        until = 0;
     bool has_room = runner->has_output && output_has_room(&runner->output);
     struct pollfd fds[] = {
         {runner->signals, POLLIN, 0},
@@ -131,9 +131,12 @@ static bool wait_for(struct runner *runner, int fd, microseconds until)
         return false;
     if (fds[0].revents)
         hear_signals(runner);
+    runner->is_woken = false; /* whoever waits looks at everything again */
     if (fds[1].revents)
         lose_leash(runner);
     if (fds[3].revents)
+        output_pump(&runner->output);
+    if (is_framed && fds[3].revents)
         settle_output(runner);
     if (is_framed)
         send_frames(runner);
@@ -145,7 +148,7 @@ static void drain_output(struct runner *runner)
 {
     for (;;) {
         if (!output_has_room(&runner->output))
-            wait_for(runner, -1, NEVER);
+            wait_for(runner, -1, NEVER); /* for the log to take some */
         else if (!output_pump(&runner->output))
             return;
     }

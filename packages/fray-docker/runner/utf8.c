@@ -20,22 +20,40 @@ static bool is_second(unsigned char first, unsigned char second)
     }
 }
 
+static size_t length_by_first(unsigned char first)
+{
+    if (first < 0x80)
+        return 1;
+    if (first < 0xC2 || first > 0xF4)
+        return 0;
+    return first < 0xE0 ? 2 : first < 0xF0 ? 3 : 4;
+}
+
 size_t utf8_character(const char *bytes, size_t length)
 {
     const unsigned char *at = (const unsigned char *)bytes;
-    if (!length)
-        return 0;
-    if (at[0] < 0x80)
-        return 1;
-    if (at[0] < 0xC2 || at[0] > 0xF4)
-        return 0;
-    size_t needed = at[0] < 0xE0 ? 2 : at[0] < 0xF0 ? 3 : 4;
+    size_t needed = length ? length_by_first(at[0]) : 0;
+    if (needed < 2)
+        return needed;
     if (length < needed || !is_second(at[0], at[1]))
         return 0;
     for (size_t i = 2; i < needed; i++)
         if ((at[i] & 0xC0) != 0x80)
             return 0;
     return needed;
+}
+
+size_t utf8_unfinished(const char *bytes, size_t length)
+{
+    const unsigned char *end = (const unsigned char *)bytes + length;
+    for (size_t count = 1; count <= 3 && count <= length; count++) {
+        const unsigned char *first = end - count;
+        if ((*first & 0xC0) == 0x80)
+            continue;
+        bool is_unfinished = length_by_first(*first) > count && (count < 2 || is_second(first[0], first[1]));
+        return is_unfinished ? count : 0;
+    }
+    return 0;
 }
 
 bool utf8_is_valid(const char *bytes, size_t length)
