@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from docker.errors import NotFound
 
 from fray.backend.docker import _buildkit
 from fray.backend.docker._engine import Engine
@@ -136,9 +137,19 @@ def layers(engine: Engine, image: ImageRef) -> list[str]:
     return list(found["RootFS"]["Layers"])
 
 
-def images_and_containers(engine: Engine) -> tuple[set[str], set[str]]:
-    images = {tag for image in engine.api.images() for tag in image["RepoTags"] or [] if "fray-test/" in tag}
-    return images, {each["Id"] for each in engine.api.containers(all=True)}
+def left_of(engine: Engine, marker: str) -> list[str]:
+    """The images and containers that a step with a marker in it has left."""
+    found = [
+        image["Id"] for image in engine.api.images(all=True) if marker in json.dumps(_history(engine, image["Id"]))
+    ]
+    return found + [each["Id"] for each in engine.api.containers(all=True) if marker in str(each["Command"])]
+
+
+def _history(engine: Engine, image: str) -> Any:
+    try:
+        return engine.api.history(image)
+    except NotFound:  # another test's, removed meanwhile
+        return []
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
@@ -346,23 +357,25 @@ def test_credentials_of_an_index_reach_a_build_without_staying(
 def test_a_failing_step_is_named_with_its_last_lines(
     make: Make, engine: Engine, base_image: str, project: Path, builder: str
 ) -> None:
-    (project / "Dockerfile").write_text(f"FROM {base_image}\nRUN echo the reason >&2; exit 7\n")
-    before = images_and_containers(engine)
+    marker = uuid.uuid4().hex
+    (project / "Dockerfile").write_text(f"FROM {base_image}\nRUN echo the reason >&2; exit 7 # {marker}\n")
     output: list[bytes] = []
     said: list[str] = []
     with pytest.raises(ImageBuildError, match=r"RUN echo the reason[\s\S]*the reason\n"):
         make(project, dockerfile="Dockerfile", builder=builder).build(output.append, said.append)
     assert b"the reason" in b"".join(output)
     assert any(each.startswith("building image, step 2/") for each in said)
-    assert images_and_containers(engine) == before
+    assert left_of(engine, marker) == []
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_a_cancelled_build_leaves_nothing(
     make: Make, engine: Engine, base_image: str, project: Path, builder: str
 ) -> None:
-    (project / "Dockerfile").write_text(f"FROM {base_image}\nRUN echo $((6*7))-begins; sleep 600\n")
-    before = images_and_containers(engine)
+    # A step that is made anew, and then one that does not end.
+    marker = uuid.uuid4().hex
+    steps = f"RUN echo {marker} > /made\nRUN echo $((6*7))-begins; sleep 600 # {marker}\n"
+    (project / "Dockerfile").write_text(f"FROM {base_image}\n{steps}")
     cancel = threading.Event()
 
     def on_output(output: bytes) -> None:
@@ -371,7 +384,7 @@ def test_a_cancelled_build_leaves_nothing(
 
     with pytest.raises(ImageBuildError, match="cancelled"):
         make(project, dockerfile="Dockerfile", builder=builder).build(on_output, cancel=cancel)
-    assert images_and_containers(engine)[0] == before[0]
+    assert left_of(engine, marker) == []
 
 
 def test_an_interrupted_build_leaves_no_command(

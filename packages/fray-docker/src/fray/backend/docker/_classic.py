@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from docker.errors import APIError
 from fray.backend.docker._engine import Engine
 from fray.backend.docker._request import BuildRequest
 from fray.errors import ImageBuildError
@@ -18,6 +19,7 @@ __all__ = ["build_classic"]
 
 _SHOWN_LINES = 20
 _WATCH_SECONDS = 0.05
+_REMOVAL_SECONDS = 20
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # by which the engine tells what went to stderr
 
 
@@ -34,7 +36,7 @@ def build_classic(
         ImageBuildError: A step failed, or the build was cancelled.
     """
     tail: deque[str] = deque(maxlen=_SHOWN_LINES)
-    step = ""
+    step = layer = ""
     # A client of its own: to end the build, its connection is cut.
     with tempfile.TemporaryFile() as archive, _own_client(engine) as own, _Connection(own, cancel) as connection:
         request.context.write_tar(archive)
@@ -62,14 +64,31 @@ def build_classic(
                     if match := re.match(r"Step (\d+/\d+) : (.*)", text):
                         step = match[2]
                         on_progress(f"building image, step {match[1]}")
+                    if match := re.match(r" ---> ([0-9a-f]{12,})\s", text):
+                        layer = match[1]
                     if "error" in event:
                         raise ImageBuildError(_failure(request, step, tail))
         except Exception as error:
             if not connection.is_cut:
                 raise
+            _remove_half(engine, layer)
             raise ImageBuildError(f"building the image {request.tag} was cancelled") from error
         if connection.is_cut:
+            _remove_half(engine, layer)
             raise ImageBuildError(f"building the image {request.tag} was cancelled")
+
+
+def _remove_half(engine: Engine, layer: str) -> None:
+    """Remove the nameless image that a cancelled build has come to, and those that were made only for it."""
+    found = engine.inspect_image(layer) if layer else None
+    if found is None or found.get("RepoTags") or found.get("RepoDigests"):
+        return  # the base, or the finished image
+    for container in engine.api.containers(all=True, filters={"ancestor": found["Id"]}):
+        # The engine ends the step when it sees that the client has gone, and then removes its container.
+        with contextlib.suppress(APIError, OSError):
+            engine.api.wait(container["Id"], timeout=_REMOVAL_SECONDS, condition="removed")
+    with contextlib.suppress(APIError):  # another build goes on from it
+        engine.api.remove_image(found["Id"])
 
 
 @contextlib.contextmanager
