@@ -38,8 +38,10 @@ class DockerHarness(ClusterHarness):
         self._open = ExitStack()
         self.proxy = self._open.enter_context(Proxy(engine.endpoint.host))
         self.spec = f"docker:{self.proxy.host}"
-        self.options = {"grace_seconds": 1.0, "base_image": base_image, "ca_bundle": "system", **options}
-        self.options.setdefault("repository", "fray-test/job")  # not the directory's name: other tests had the same
+        # Not the directory's name: what one test builds serves the others.
+        self.options = {"grace_seconds": 1.0, "repository": "fray-test/job", **options}
+        if "dockerfile" not in options:
+            self.options |= {"base_image": base_image, "ca_bundle": "system"}
         self._earlier = {info.id for info in self.cluster.list_jobs()}
 
     @contextmanager

@@ -70,7 +70,7 @@ def test_a_plan_is_the_engines_own_request_and_does_nothing(harness: DockerHarne
     container = native["container"]
     assert container["Entrypoint"][0] == "/.fray/runner"
     assert container["Entrypoint"][-1] == "echo hi"
-    assert ["--timeout", "5"] == container["Entrypoint"][container["Entrypoint"].index("--timeout") :][:2]
+    assert container["Entrypoint"][container["Entrypoint"].index("--timeout") :][:2] == ["--timeout", "5"]
     assert "LR=1e-3" in container["Env"]
     assert "API_TOKEN=***" in container["Env"]
     assert "s3cret" not in str(plan)

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from fray.backend.docker._frames import FrameDecoder, LogStream, encode_event, encode_output
 
 # What trips up whoever frames lines: ends of lines, marks, escapes, bytes that are no text.
-TRICKY = st.sampled_from([b"\n", b"\x1e", b"\\", b"\xff", b"\r", b"\xc3", b"\xc3\xbc", b"{", b"+", b"-", b"\0", b"\\x41"])
+TRICKY = st.sampled_from(
+    [b"\n", b"\x1e", b"\\", b"\xff", b"\r", b"\xc3", b"\xc3\xbc", b"{", b"+", b"-", b"\0", b"\\x41"]
+)
 OUTPUT = st.lists(st.one_of(TRICKY, st.binary(max_size=8), st.text(max_size=8).map(str.encode))).map(b"".join)
 SIZES = st.lists(st.integers(1, 40), min_size=1)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -87,7 +88,8 @@ def main() -> None:
     with Holder(engine, preparation.holder, preparation.not_before) as holder:
         holder.say("preparing the image")
         holder.wait_until_known()
-        os.write(2, READY)
+        with suppress(BrokenPipeError):  # the client has been killed, and its job goes on
+            os.write(2, READY)
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 2)
         try:

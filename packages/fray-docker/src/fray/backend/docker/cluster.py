@@ -322,6 +322,7 @@ class DockerClusterContext(ClusterContext):
             excludes=env.excludes,
             repository=self._repository,
             keep_user=on_given,
+            asks_registry=False,  # the base is pulled in the job's PENDING time
             **({} if on_given else self._image_options),
             **self._builder_options,
         )

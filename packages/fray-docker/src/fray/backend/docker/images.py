@@ -92,7 +92,7 @@ class ImagePlan:
     """What a build would do.
 
     Attributes:
-        tag: The name that the image would have.
+        tag: The name that the image would have; it ends in `:unpulled` where it is known once the base has been pulled.
         dockerfile: As it would be given to the builder.
         base: The base image, pinned by its digest, or by its id in the engine where it has none.
         context_bytes: How large the files that would be sent are together.
@@ -130,6 +130,8 @@ class FrozenBuild:
         build_args: Values for `ARG`.
         secret_names: The ids of the secrets that the Dockerfile may mount.
         project: For the label.
+        repository: The name without its tag.
+        ingredients: What the tag stands for, where the base has to be pulled before the tag is known; else empty.
         context_path: The archive of what will be sent; None where the caller keeps it elsewhere.
     """
 
@@ -146,6 +148,8 @@ class FrozenBuild:
     build_args: Mapping[str, str]
     secret_names: tuple[str, ...]
     project: str
+    repository: str
+    ingredients: Mapping[str, Any]
     context_path: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -190,6 +194,8 @@ class ImageBuilder:
             user `fray` with id 1000 is made.
         upload_limit_bytes: How large the directory's files may be together.
         builder: `auto` is BuildKit where a docker command has it, else the engine's classic builder.
+        asks_registry: Whether planning asks the registry about a base that the engine does not have. Otherwise such a
+            build gets its name once it has pulled the base.
 
     Raises:
         InvalidTypeError: An argument is of the wrong type.
@@ -216,6 +222,7 @@ class ImageBuilder:
         keep_user: bool = False,
         upload_limit_bytes: int = 2 * 1024**3,
         builder: BuilderName = "auto",
+        asks_registry: bool = True,
     ) -> None:
         checked = RuntimeEnv(
             package_requirements=list(package_requirements), extras=list(extras), excludes=list(excludes)
@@ -235,6 +242,7 @@ class ImageBuilder:
         self._keep_user = keep_user
         self._limit_bytes = upload_limit_bytes
         self._builder: BuilderName = builder
+        self._asks_registry = asks_registry
         self._planned: _Inputs | None = None
         self._project = _sanitised(self._directory.name if self._directory is not None else "image")
         self._repository = repository or f"fray/{self._project}"
@@ -341,7 +349,9 @@ class ImageBuilder:
         say = on_progress or _ignore
         if note := self._note():
             say(note)
-        frozen = self._freeze(inputs)
+        frozen = _with_its_base(self._freeze(inputs), self.engine, say)
+        if found := self.engine.inspect_image(frozen.tag):
+            return _reference(frozen.tag, found)
         return _carry_out(
             frozen,
             self._context(inputs, frozen),
@@ -465,7 +475,9 @@ class ImageBuilder:
                 "secrets": sorted(self._build_secrets),
             }
         else:
-            base = _find_base(self.engine, self._base_image, self._platform, must_exist=True)
+            base = _find_base(
+                self.engine, self._base_image, self._platform, must_exist=True, asks_registry=self._asks_registry
+            )
             ingredients["base"] = base.digest
             if self._ca_bundle is not None:
                 files["ca.pem"] = _read_bundle(self._ca_bundle)
@@ -485,9 +497,8 @@ class ImageBuilder:
             if self._installs:
                 ingredients["uv"] = uv_version()
         ingredients["platform"] = base.platform
-        text = json.dumps(ingredients, sort_keys=True)
-        tag = f"{self._repository}:{hashlib.sha256(text.encode()).hexdigest()[:_TAG_DIGITS]}"
-        return _Inputs(tag, base, source, files, dockerfile, settings)
+        tag = _tag(self._repository, ingredients)
+        return _Inputs(tag, ingredients, base, source, files, dockerfile, settings)
 
     def _freeze(self, inputs: _Inputs) -> FrozenBuild:
         recipe, name = None, "Dockerfile"
@@ -509,6 +520,8 @@ class ImageBuilder:
             build_args=self._build_args,
             secret_names=tuple(sorted(self._build_secrets)),
             project=self._project,
+            repository=self._repository,
+            ingredients={} if inputs.base.digest else inputs.ingredients,
         )
 
     def _own_dockerfile_name(self, inputs: _Inputs) -> str:
@@ -603,6 +616,7 @@ def build_frozen(
         FrayError: As `ImageBuilder.build`.
     """
     found = engine if isinstance(engine, Engine) else Engine(find_endpoint(engine))
+    frozen = _with_its_base(frozen, found, on_progress or _ignore)
     if built := found.inspect_image(frozen.tag):
         return _reference(frozen.tag, built)
     secrets = dict(build_secrets or {})
@@ -689,6 +703,7 @@ class _Base:
 @dataclass(frozen=True)
 class _Inputs:
     tag: str
+    ingredients: dict[str, Any]
     base: _Base
     source: Source | None
     files: dict[str, bytes]
@@ -696,7 +711,29 @@ class _Inputs:
     settings: Mapping[str, str] = field(repr=False)
 
 
-def _find_base(engine: Engine, name: str, platform: str | None, *, must_exist: bool) -> _Base:
+def _tag(repository: str, ingredients: Mapping[str, Any]) -> str:
+    if ingredients.get("base") == "":
+        return f"{repository}:unpulled"
+    text = json.dumps(ingredients, sort_keys=True)
+    return f"{repository}:{hashlib.sha256(text.encode()).hexdigest()[:_TAG_DIGITS]}"
+
+
+def _with_its_base(frozen: FrozenBuild, engine: Engine, on_progress: Callable[[str], None]) -> FrozenBuild:
+    """Pull the base of a build that was frozen without it, and give the build its name."""
+    if frozen.recipe is None or frozen.base_pin:
+        return frozen
+    platform = frozen.platform if frozen.needs_platform else None
+    if engine.inspect_image(frozen.base) is None:
+        _registry.pull(engine, frozen.base, platform, on_progress)
+    base = _find_base(engine, frozen.base, platform, must_exist=True)
+    tag = _tag(frozen.repository, {**frozen.ingredients, "base": base.digest, "platform": base.platform})
+    recipe = replace(frozen.recipe, base=base.from_name)
+    return replace(frozen, tag=tag, base_pin=base.digest, platform=base.platform, recipe=recipe, ingredients={})
+
+
+def _find_base(
+    engine: Engine, name: str, platform: str | None, *, must_exist: bool, asks_registry: bool = True
+) -> _Base:
     found = engine.inspect_image(name)
     if found is not None:
         own = f"{found.get('Os', 'linux')}/{found.get('Architecture', 'amd64')}"
@@ -711,6 +748,8 @@ def _find_base(engine: Engine, name: str, platform: str | None, *, must_exist: b
             from_name = tags[0] if is_id and tags else name
             return _Base(name, found["Id"], from_name, platform or own, found.get("Config") or {})
     wanted = platform or _platform_of_engine(engine)
+    if not asks_registry:
+        return _Base(name, "", name, wanted, None)
     with engine.errors():
         try:
             answer = engine.api.inspect_distribution(name)
