@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 import uuid
@@ -44,6 +46,7 @@ AS_INIT = pytest.mark.parametrize("start", [Setting(runner, True) for runner in 
 
 RS = b"\x1e"
 LONGEST_LINE = 15_872
+PIPE_SIZE = os.sysconf("SC_PAGE_SIZE")
 MARK_FRAMES, MARK_BYTES = 1024, 256 * 1024
 ENGINE_STOPPED = "the engine stopped the container (docker stop, or the engine was shut down)"
 FOREVER = "while :; do sleep 0.05; done"
@@ -101,22 +104,19 @@ def _output_of(line: bytes) -> bytes:
 class Framed:
     """A job whose output is framed, and its engine's side: reads only when it is asked to."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, fd: int | None = None) -> None:
         self.job = job
         self.log = b""
-        assert job.process.stdout
-        self._fd = job.process.stdout.fileno()
+        if fd is None:
+            assert job.process.stdout
+            fd = job.process.stdout.fileno()
+        self._fd = fd
         os.set_blocking(self._fd, False)
-        self.is_over = False
 
     def pull(self) -> Decoded:
-        """Read all there is now."""
-        parts = [self.log]
+        """Read what is there now: once, or a busy job would be followed to its end."""
         with contextlib.suppress(BlockingIOError):
-            while not self.is_over:
-                parts.append(os.read(self._fd, 1 << 20))
-                self.is_over = not parts[-1]
-        self.log = b"".join(parts)
+            self.log += os.read(self._fd, 1 << 20)
         return Decoded(self.log)
 
     def event(self, name: str, count: int = 1) -> dict[str, Any]:
@@ -151,6 +151,16 @@ class Framed:
         code = self.job.process.wait(DEADLINE_SECONDS)
         assert self.job.processes() == [], "outlived the runner"
         return decoded, ended, code
+
+
+def _smallest_pipe() -> tuple[int, int]:
+    read_end, write_end = os.pipe()
+    assert fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, PIPE_SIZE) == PIPE_SIZE
+    return read_end, write_end
+
+
+def _unread(fd: int) -> int:
+    return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 @pytest.fixture(params=settings(ENGINE_RUNNERS), ids=str)
@@ -423,14 +433,22 @@ class TestEngine:
 
     @pytest.mark.parametrize("how", ["stop", "time limit"])
     def test_a_log_that_blocks_holds_up_neither_a_stop_nor_the_time_limit(self, start: Starter, how: str) -> None:
-        # More than all the pipes and the runner hold: the command cannot come to its end.
-        framed = begin(start, "yes | head -c 30000000; exit 5", timeout=0.5 if how == "time limit" else None)
+        read_end, write_end = _smallest_pipe()
+        job = start(
+            "yes | head -c 30000000; exit 5",  # more than all the pipes and the runner hold
+            journal=None,
+            output="frames:1",
+            stdout=write_end,
+            timeout=2 if how == "time limit" else None,
+        )
+        os.close(write_end)
+        framed = Framed(job, read_end)
         pid = framed.runner_pid
         framed.event("started")
+        until(lambda: _unread(read_end) == PIPE_SIZE, "a log that blocks")
         members = {process for process in framed.job.processes() if process not in (pid, framed.job.process.pid)}
-        assert members
         if how == "stop":
-            framed.ask_to_stop()
+            os.kill(pid, signal.SIGTERM)
         until(lambda: not any(environment_of(member) for member in members), "the end of the command")
         assert framed.job.process.poll() is None
         resident = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
@@ -439,6 +457,7 @@ class TestEngine:
         _, ended, _ = framed.finish()
         assert ended["reason"] == ("STOPPED_BY_USER" if how == "stop" else "TIMED_OUT")
         assert ended["log_size"] < 30_000_000
+        os.close(read_end)
 
     def test_a_log_that_blocks_loses_nothing(self, start: Starter) -> None:
         framed = begin(start, 'seq 200000; touch "$HERE/done"')
