@@ -21,7 +21,7 @@ static void add_error(struct text *problem, const char *what, const char *of_wha
     text_add_string(problem, strerror(error));
 }
 
-/* A caller (nohup, a shell's background job) may ignore some signals, the runner itself does others: the command none. */
+/* A caller (nohup, a shell's background job) may ignore some signals, the runner itself others: the command none. */
 static void reset_signals(void)
 {
     for (int number = 1; number < NSIG; number++)

@@ -31,7 +31,7 @@ static void keep_held_to_oneself(const struct options *options)
 
 int main(int count, char **arguments)
 {
-    /* Whichever it is, there is nothing to tidy: the process is over, and who waits for it waits no longer than needed. */
+    /* Either way there is nothing to tidy at the end: whoever waits for this process waits no longer than needed. */
     occupy_standard_descriptors();
     if (count == 3 && !strcmp(arguments[1], "relay"))
         _exit(relay(patience_of(arguments[2])));

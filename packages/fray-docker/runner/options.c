@@ -6,9 +6,8 @@
 
 #include "system.h"
 
-#define USAGE                                                                                                          \
-    "usage: --journal TO --output TO [OPTION VALUE]... -- COMMAND, or --output frames:FD [OPTION VALUE]... -- COMMAND, " \
-    "or relay SECONDS"
+static const char USAGE[] = "usage: --journal TO --output TO [OPTION VALUE]... -- COMMAND, "
+                            "or --output frames:FD [OPTION VALUE]... -- COMMAND, or relay SECONDS";
 
 static _Noreturn void refuse(const char *what, const char *of_what)
 {

@@ -413,7 +413,8 @@ static int run_attempts(struct runner *runner)
 static void open_framed(struct runner *runner, struct clock clock)
 {
     move_standard_error();
-    if (!frames_open(&runner->frames, runner->options->frames) || !output_open_framed(&runner->output, &runner->frames)) {
+    if (!frames_open(&runner->frames, runner->options->frames) ||
+        !output_open_framed(&runner->output, &runner->frames)) {
         complain("cannot frame the output", NULL, strerror(errno));
         _exit(1);
     }

@@ -28,7 +28,7 @@ int move_high(int fd);
 /* Move the runner's own standard error out of the way; what is behind descriptor 2 from now on is somebody else's. */
 void move_standard_error(void);
 
-/* Have something behind the descriptors 0, 1 and 2, which a caller may have closed: they are not to become a journal's. */
+/* Have something behind the descriptors 0, 1 and 2, which a caller may have closed: no journal is to get these. */
 void occupy_standard_descriptors(void);
 
 /* Make standard input empty. */

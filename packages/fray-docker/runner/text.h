@@ -21,8 +21,8 @@ void text_add_number(struct text *text, int64_t number);
 /* Add a time or a duration as a decimal number of seconds. */
 void text_add_seconds(struct text *text, int64_t microseconds);
 
-/* Add a JSON string. What is no UTF-8 becomes U+FFFD; a very long string is cut, and its "..." says so, for an event has
- * to fit into one line of an engine's log. */
+/* Add a JSON string. What is no UTF-8 becomes U+FFFD; a very long string is cut, and its "..." says so, for an event
+ * has to fit into one line of an engine's log. */
 void text_add_quoted(struct text *text, const char *string);
 
 /* The text as a C string, which holds until the next addition. */

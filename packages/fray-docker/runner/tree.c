@@ -123,7 +123,8 @@ static bool is_foreign(const struct tree *tree, pid_t pid)
 
 /* Every live process and, at the same place in `parents`, its parent.
  *
- * Return whether none of this one's children ended meanwhile: what it had started by then may be too new to be listed. */
+ * Return whether none of this one's children ended meanwhile: what it had started by then may be too new to be
+ * listed. */
 static bool list_processes(struct pids *all, struct pids *parents)
 {
     bool surely_all = true;
