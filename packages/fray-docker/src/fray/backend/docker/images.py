@@ -38,7 +38,7 @@ from fray.backend.docker._request import BuildRequest
 from fray.backend.docker._uv_image import ensure_uv_image, uv_image, uv_version
 from fray.errors import AuthenticationError, ImageBuildError, InvalidTypeError, InvalidValueError, UnsupportedError
 from fray.types import RuntimeEnv
-from fray.uv import export_lock
+from fray.uv import export_lock, has_dependencies, make_lock
 
 __all__ = ["FrozenBuild", "ImageBuilder", "ImagePlan", "ImageRef", "build_frozen", "index_settings"]
 
@@ -92,7 +92,8 @@ class ImagePlan:
     """What a build would do.
 
     Attributes:
-        tag: The name that the image would have; it ends in `:unpulled` where it is known once the base has been pulled.
+        tag: The name that the image would have; it ends in `:unpulled` where it is known once the base has been pulled,
+            in `:unlocked` once the dependencies have been locked.
         dockerfile: As it would be given to the builder.
         base: The base image, pinned by its digest, or by its id in the engine where it has none.
         context_bytes: How large the files that would be sent are together.
@@ -173,8 +174,9 @@ class ImageBuilder:
 
     Without `dockerfile` the image is: the base, a CA bundle if asked for, what the directory's `uv.lock` says (without
     development groups) and `package_requirements` in an environment at `/opt/venv` that is first on `PATH`, the files
-    of the directory in `/workspace`, and the packages of the project that the lock names as its own. A directory
-    without a lock is just files.
+    of the directory in `/workspace`, and the packages of the project that the lock names as its own. Where a
+    `pyproject.toml` names dependencies and there is no lock yet, `build` and `freeze` have uv write one, as uv's own
+    commands do; a directory with neither is just files.
 
     Args:
         directory: The project; None for an image without source.
@@ -287,7 +289,7 @@ class ImageBuilder:
                 raise InvalidValueError(f"there is no Dockerfile {self._dockerfile_path}")
         if self._build_secrets and self._builder == "classic":
             raise UnsupportedError(_NO_SECRETS)
-        if self._extras and not self._has_lock:
+        if self._extras and not self._has_lock and not self._needs_lock:
             raise InvalidValueError(
                 f"extras need a uv.lock in the directory, and {self._directory} has none: run `uv lock` there"
             )
@@ -310,17 +312,20 @@ class ImageBuilder:
         inputs = self._planned = self._read()
         builder = "classic" if self._choose() is None else "buildkit"
         frozen = self._freeze(inputs)
-        text = frozen.dockerfile if frozen.recipe is None else render(frozen.recipe, _dialect(builder))
+        recipe = frozen.recipe
+        if recipe is not None and self._needs_lock:
+            recipe = replace(recipe, has_lock=True, uv_image=uv_image(inputs.base.platform, inputs.base.name))
+        text = frozen.dockerfile if recipe is None else render(recipe, _dialect(builder))
         files = () if inputs.source is None else inputs.source.snapshot.files
         sent = self._context(inputs, frozen)
         return ImagePlan(
-            tag=inputs.tag,
+            tag=f"{self._repository}:unlocked" if self._needs_lock else inputs.tag,
             dockerfile=text,
             base=inputs.base.pinned,
             context_bytes=sum(file.size for file in files) + sum(map(len, sent.files.values())),
             files=sum(not file.path.endswith("/") for file in files),
             builder=_dialect(builder),
-            is_built=self.engine.inspect_image(inputs.tag) is not None,
+            is_built=not self._needs_lock and self.engine.inspect_image(inputs.tag) is not None,
             platform=inputs.base.platform,
         )
 
@@ -343,12 +348,11 @@ class ImageBuilder:
             UnsupportedError: The builder cannot do what is asked.
             ConnectionFailedError: The engine cannot be reached.
         """
+        say = on_progress or _ignore
+        self._lock(say)
         inputs, self._planned = self._planned or self._read(), None
         if found := self.engine.inspect_image(inputs.tag):
             return _reference(inputs.tag, found)
-        say = on_progress or _ignore
-        if note := self._note():
-            say(note)
         frozen = _with_its_base(self._freeze(inputs), self.engine, say)
         if found := self.engine.inspect_image(frozen.tag):
             return _reference(frozen.tag, found)
@@ -375,6 +379,7 @@ class ImageBuilder:
         Raises:
             FrayError: As `plan`.
         """
+        self._lock(_ignore)
         inputs, self._planned = self._planned or self._read(), None
         self._choose()
         frozen = self._freeze(inputs)
@@ -411,7 +416,26 @@ class ImageBuilder:
 
     @property
     def _has_lock(self) -> bool:
-        return self._directory is not None and (self._directory / "uv.lock").is_file()
+        return self._may_have_lock and self._directory is not None and (self._directory / "uv.lock").is_file()
+
+    @property
+    def _needs_lock(self) -> bool:
+        """Whether the project names dependencies, and nobody has locked them yet."""
+        if not self._may_have_lock or self._directory is None or self._has_lock:
+            return False
+        return has_dependencies(self._directory, self._extras)
+
+    @property
+    def _may_have_lock(self) -> bool:
+        # On an image that somebody gave its own packages count, unless the lock's are asked for.
+        return self._dockerfile is None and (not self._keep_user or bool(self._extras))
+
+    def _lock(self, on_progress: Callable[[str], None]) -> None:
+        if self._needs_lock:
+            assert self._directory is not None
+            on_progress("locking the dependencies of pyproject.toml (uv lock)")
+            make_lock(self._directory)
+            self._planned = None
 
     @property
     def _dockerfile_path(self) -> Path:
@@ -427,13 +451,6 @@ class ImageBuilder:
     @property
     def _installs(self) -> bool:
         return self._dockerfile is None and (self._has_lock or bool(self._requirements))
-
-    def _note(self) -> str:
-        if self._dockerfile is not None or self._directory is None or self._has_lock:
-            return ""
-        if not (self._directory / "pyproject.toml").is_file():
-            return ""
-        return "pyproject.toml has no uv.lock beside it: the image gets the project's files, not its dependencies"
 
     def _read(self) -> _Inputs:
         """Read all that goes into the image, once."""
