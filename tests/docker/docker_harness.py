@@ -12,8 +12,10 @@ from typing import Any
 from uuid import uuid4
 
 import psutil
+import pytest
 
 from fray.backend.docker._engine import Engine
+from fray.request import current_owner
 from fray.testing import ClusterHarness
 from fray.types import RuntimeEnv
 
@@ -24,7 +26,8 @@ from .registry import Registry
 class DockerHarness(ClusterHarness):
     """Serves a test with an engine that others use too; requests go through a proxy that can be cut off.
 
-    Jobs that are there already are nobody's business: only those that come while it is open are stopped and purged.
+    Only jobs of this harness are stopped and purged at its end: the engine may have others, and they are nobody's
+    business. Which those are is told by their owner, who has a name that no other has.
     """
 
     ships_working_dir = True
@@ -42,7 +45,11 @@ class DockerHarness(ClusterHarness):
         self.options = {"grace_seconds": 1.0, "repository": "fray-test/job", **options}
         if "dockerfile" not in options:
             self.options |= {"base_image": base_image, "ca_bundle": "system"}
-        self._earlier = {info.id for info in self.cluster.list_jobs()}
+        self._owner = f"fray-test-{uuid4().hex}"
+        patch = self._open.enter_context(pytest.MonkeyPatch.context())
+        patch.setenv("LOGNAME", self._owner)  # whoever is asked for takes it from there, in fresh processes too
+        current_owner.cache_clear()
+        self._open.callback(current_owner.cache_clear)
 
     @contextmanager
     def hold_pending(self) -> Iterator[RuntimeEnv]:
@@ -106,7 +113,7 @@ class DockerHarness(ClusterHarness):
             yield
 
     def __exit__(self, *error: Any) -> None:
-        own = [info.id for info in self.cluster.list_jobs() if info.id not in self._earlier]
+        own = [info.id for info in self.cluster.list_jobs() if info.owner.startswith(f"{self._owner}@")]
         for job_id in own:
             self.cluster.delete_job(job_id)
         for job_id in own:

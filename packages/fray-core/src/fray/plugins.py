@@ -13,7 +13,14 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from fray.cluster import ClusterContext
-from fray.errors import BackendConflictError, BackendLoadError, BackendNotFoundError, FrayError, InvalidValueError, UnsupportedError
+from fray.errors import (
+    BackendConflictError,
+    BackendLoadError,
+    BackendNotFoundError,
+    FrayError,
+    InvalidValueError,
+    UnsupportedError,
+)
 from fray.job import JobContext
 
 if TYPE_CHECKING:

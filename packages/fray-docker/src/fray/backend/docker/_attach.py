@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -45,20 +46,16 @@ class Attached:
 
     def close(self) -> None:
         """Close it; what was sent arrives."""
-        try:
+        with suppress(OSError):  # the other side was first
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the other side was first
         self._release()
 
     def finish(self) -> None:
         """Say that nothing more is sent, and close."""
-        try:
-            # By TLS only the whole connection can be closed; the reader counts, and does not wait for the end.
-            if not hasattr(self._socket, "unwrap"):
+        # By TLS only the whole connection can be closed; the reader counts, and does not wait for the end.
+        if not hasattr(self._socket, "unwrap"):
+            with suppress(OSError):
                 self._socket.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass
         self._release()
 
     def _release(self) -> None:

@@ -61,9 +61,7 @@ def build(
         str | None,
         typer.Option("--ca-bundle", metavar="FILE", help="Certificates to trust; `system` for this machine's."),
     ] = None,
-    platform: Annotated[
-        str | None, typer.Option("--platform", metavar="OS/ARCH", help="The image's platform.")
-    ] = None,
+    platform: Annotated[str | None, typer.Option("--platform", metavar="OS/ARCH", help="The image's platform.")] = None,
     builder: Annotated[str, typer.Option("--builder", help="auto, buildkit or classic.")] = "auto",
     print_dockerfile: Annotated[
         bool, typer.Option("--print-dockerfile", help="Print the Dockerfile, and build nothing.")
@@ -100,7 +98,9 @@ def build(
     )
     plan = maker.plan()
     if print_dockerfile:
-        _say_json({"tag": plan.tag, "dockerfile": plan.dockerfile}) if as_json else typer.echo(plan.dockerfile, nl=False)
+        _say_json({"tag": plan.tag, "dockerfile": plan.dockerfile}) if as_json else typer.echo(
+            plan.dockerfile, nl=False
+        )
         return
     with _Progress() as progress:
         image = maker.build(on_output=progress.output, on_progress=progress.step)

@@ -95,10 +95,9 @@ def read_mounts(mounts: Iterable[Mount | str | Mapping[str, Any]]) -> tuple[Moun
                 raise InvalidValueError(f"mounts: write SOURCE:TARGET or SOURCE:TARGET:ro, not {mount!r}")
             mount = Mount(source, target, mode == "ro")
         elif isinstance(mount, Mapping):
-            try:
-                mount = Mount(**mount)
-            except TypeError as error:
-                raise InvalidValueError(f"mounts: source, target, read_only, not {dict(mount)!r}: {error}") from None
+            if not {"source", "target"} <= mount.keys() <= {"source", "target", "read_only"}:
+                raise InvalidValueError(f"mounts: a table of source, target and read_only, not {dict(mount)!r}")
+            mount = Mount(**mount)
         elif not isinstance(mount, Mount):
             raise InvalidTypeError(f"mounts must be Mount or strings, got {type(mount).__name__}")
         found.append(mount)
@@ -212,14 +211,20 @@ def holder_container(job_id: str, submission: Submission, toolbox: Toolbox) -> d
     }
 
 
-def with_image(native: Mapping[str, Any], image: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a request with the image that was found or made, by its inspection, and what has to fit with it."""
+def with_image(native: Mapping[str, Any], name: str, image: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a request with the image that was found or made, and what has to fit with it.
+
+    Args:
+        native: The request.
+        name: What the image is called, for people to read in the list of containers.
+        image: Its inspection.
+    """
     of_image = dict(entry.partition("=")[::2] for entry in image["Config"].get("Env") or ())
     path = of_image.get("PYTHONPATH")
     variables = [
         f"{entry}:{path}" if path and entry == f"PYTHONPATH={LIGHT_PART}" else entry for entry in native["Env"]
     ]
-    return {**native, "Image": image["Id"], "Env": variables}
+    return {**native, "Image": name, "Env": variables}
 
 
 def masked(native: Mapping[str, Any]) -> dict[str, Any]:

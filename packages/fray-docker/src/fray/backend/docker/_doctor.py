@@ -33,8 +33,10 @@ def checks() -> Iterator[tuple[bool, str, str]]:
     )
     for what, key in (("memory", "MemoryLimit"), ("CPU", "CpuCfsQuota")):
         if info.get(key) is False:
-            yield False, f"docker: the engine cannot limit {what}: jobs that ask for it are refused", (
-                "enable the cgroup controller in the kernel of the engine's machine"
+            yield (
+                False,
+                f"docker: the engine cannot limit {what}: jobs that ask for it are refused",
+                ("enable the cgroup controller in the kernel of the engine's machine"),
             )
     try:
         cli = find_cli(engine)
@@ -42,10 +44,14 @@ def checks() -> Iterator[tuple[bool, str, str]]:
         yield False, f"docker: {error}", "install docker's buildx plugin"
     else:
         if cli is None:
-            yield True, (
-                "docker: images are built by the engine's classic builder, without build secrets and caches of "
-                "packages, since no docker command with BuildKit is on PATH (the buildx plugin brings it)"
-            ), ""
+            yield (
+                True,
+                (
+                    "docker: images are built by the engine's classic builder, without build secrets and caches of "
+                    "packages, since no docker command with BuildKit is on PATH (the buildx plugin brings it)"
+                ),
+                "",
+            )
         else:
             yield True, f"docker: images are built with BuildKit by {cli}", ""
     engine.close()

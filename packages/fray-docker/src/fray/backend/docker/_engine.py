@@ -19,7 +19,6 @@ from typing import Any
 import docker
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 from docker.tls import TLSConfig
-
 from fray.errors import (
     AuthenticationError,
     ConnectionFailedError,
@@ -86,9 +85,9 @@ def find_endpoint(address: str | None = None) -> Endpoint:
         return _of_context(address, f"the docker context {address!r}")
     if host := os.environ.get("DOCKER_HOST"):
         return _with_tls_of_environment(host, "DOCKER_HOST")
-    name = os.environ.get("DOCKER_CONTEXT") or _context_in_use()
-    if name and name != "default":
-        return _of_context(name, f"the docker context {name!r}")
+    context = os.environ.get("DOCKER_CONTEXT") or _context_in_use()
+    if context and context != "default":
+        return _of_context(context, f"the docker context {context!r}")
     return Endpoint("unix:///var/run/docker.sock", "the default")
 
 

@@ -7,7 +7,7 @@ for so many last lines, finds out where it is, and asks for more where that is t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from itertools import chain
 from typing import Any
@@ -75,12 +75,13 @@ def read_start(engine: Engine, container: str) -> dict[str, Any] | None:
 def log_size(engine: Engine, container: str) -> int:
     """Return how many bytes of output there are now."""
     for frames in (1, _FRAMES, None):
-        size, is_known = 0, frames is None
+        size: int = 0
+        is_known = frames is None
         for item in _items(engine, container, frames):
             if isinstance(item, bytes):
                 size += len(item)
             elif "offset" in item or "log_size" in item:
-                size, is_known = item.get("log_size", item.get("offset", 0)), True
+                size, is_known = int(item.get("log_size") or item.get("offset") or 0), True
         if is_known:
             break
     return size
@@ -105,7 +106,7 @@ def tail_offset(engine: Engine, container: str, lines: int) -> int:
         frames *= _GROWTH
 
 
-def _from(engine: Engine, container: str, offset: int, follow: bool) -> Iterator[Item]:
+def _from(engine: Engine, container: str, offset: int, follow: bool) -> Generator[Item]:
     """Yield events, and the output from `offset` on."""
     frames = None if offset == 0 else _FRAMES
     while True:
@@ -142,7 +143,7 @@ class _SilentError(Exception):
     """Nothing came for a while."""
 
 
-def _items(engine: Engine, container: str, frames: int | None, follow: bool = False) -> Iterator[Item]:
+def _items(engine: Engine, container: str, frames: int | None, follow: bool = False) -> Generator[Item]:
     """Yield the log's last frames, or all, as the engine sends them."""
     stream, decoder = LogStream(), FrameDecoder()
     for data in _raw(engine, container, frames, follow):

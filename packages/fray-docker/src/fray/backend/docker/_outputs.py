@@ -11,7 +11,6 @@ from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
 from docker.errors import NotFound
-
 from fray.backend.docker._engine import Engine
 from fray.errors import PlatformError
 

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fray.backend.docker._attach import Attached
-from fray.backend.docker._engine import Endpoint, Engine
 from fray.backend.docker._containers import with_image
+from fray.backend.docker._engine import Endpoint, Engine
 from fray.backend.docker._holder import Holder
 from fray.backend.docker._record import command_name
 from fray.backend.docker._registry import pull
@@ -107,24 +107,23 @@ def main() -> None:
 
 
 def _prepare(engine: Engine, preparation: Preparation, holder: Holder) -> None:
-    image = _image(engine, preparation, holder)
+    image_name, image = _image(engine, preparation, holder)
     if holder.is_over.is_set():
         return
     holder.say("starting")
     name = command_name(preparation.job_id)
-    container = create_container(engine, name, with_image(preparation.native, image), preparation.platform)
-    with removed_unless_done(engine, container) as done:
+    container = create_container(engine, name, with_image(preparation.native, image_name, image), preparation.platform)
+    with removed_unless_done(engine, container) as done, Attached(engine, container) as stdin:
         # It waits for its handover, so that nothing of the command runs before the holder has let it.
-        with Attached(engine, container) as stdin:
-            start_container(engine, container)
-            if holder.release():
-                done()
-                stdin.send(preparation.handover)
-                stdin.finish()
+        start_container(engine, container)
+        if holder.release():
+            done()
+            stdin.send(preparation.handover)
+            stdin.finish()
 
 
-def _image(engine: Engine, preparation: Preparation, holder: Holder) -> dict[str, Any]:
-    """Pull or build the image, and return it by its inspection."""
+def _image(engine: Engine, preparation: Preparation, holder: Holder) -> tuple[str, dict[str, Any]]:
+    """Pull or build the image, and return its name and its inspection."""
     name = preparation.image
     if name is not None:
         pull(engine, name, preparation.platform, holder.say)
@@ -132,8 +131,8 @@ def _image(engine: Engine, preparation: Preparation, holder: Holder) -> dict[str
         assert preparation.build is not None
         frozen = FrozenBuild.from_dict(preparation.build)
         built = build_frozen(frozen, engine, holder.write, holder.say, cancel=holder.is_over)
-        name = built.id
+        name = built.tag
     found = engine.inspect_image(name)
     if found is None:
         raise PlatformError(f"the image {name} was made, and the engine does not have it")
-    return found
+    return name, found

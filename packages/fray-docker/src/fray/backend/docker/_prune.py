@@ -1,4 +1,7 @@
-"""Removing what Fray left in an engine: images that nothing uses, what killed clients left. Nothing that is not Fray's."""
+"""Removing what Fray left in an engine: images that nothing uses, what killed clients left.
+
+Nothing that Fray did not make is touched, and no job.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from docker.errors import APIError, NotFound
-
 from fray.backend.docker._engine import Engine
 from fray.backend.docker._record import JOB_LABEL, SUBMISSION_LABEL, Container, job_containers, read_job
 from fray.backend.docker._start import remove_container

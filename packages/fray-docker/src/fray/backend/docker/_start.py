@@ -15,7 +15,6 @@ from datetime import datetime
 from typing import Any
 
 from docker.errors import APIError, ImageNotFound, NotFound
-
 from fray.backend.docker._engine import Engine
 from fray.backend.docker._record import JOB_LABEL, Container, job_name, read_job
 from fray.backend.docker._toolbox import Toolbox, is_missing_runner

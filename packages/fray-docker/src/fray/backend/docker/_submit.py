@@ -1,4 +1,4 @@
-"""How a job gets into the engine: at once where its image is there, else through a holder and a process that prepares it."""
+"""How a job gets into the engine: at once where its image is there, else by a holder and a process that prepares it."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def make_plan(
     container = native(submission(present is None))
     shown = {
         "name": job_name(request.job_id),
-        "container": masked(container if present is None else with_image(container, present)),
+        "container": masked(container if present is None else with_image(container, name, present)),
         "prepares": "" if present is not None else ("build" if build else "pull"),
         **({"platform": image.platform} if image.platform else {}),
         **({"dockerfile": build.dockerfile, "builder": build.builder} if build else {}),
@@ -154,7 +154,7 @@ def _submit_at_once(request: JobRequest, details: _Details, engine: Engine) -> N
     native = details.native(details.submission(False))
     assert details.present is not None
     container = create_container(
-        engine, job_name(request.job_id), with_image(native, details.present), details.image.platform
+        engine, job_name(request.job_id), with_image(native, native["Image"], details.present), details.image.platform
     )
     with removed_unless_done(engine, container) as done:
         if not request.env.secrets:

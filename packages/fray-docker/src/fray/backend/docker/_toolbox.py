@@ -15,7 +15,6 @@ from functools import cache
 from importlib.resources import files
 
 from docker.errors import APIError, ImageNotFound
-
 from fray.backend.docker._engine import Engine
 from fray.errors import PlatformError
 from fray.shipping import light_part
