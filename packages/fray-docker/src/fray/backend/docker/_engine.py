@@ -79,8 +79,7 @@ def find_endpoint(address: str | None = None) -> Endpoint:
         InvalidValueError: There is no such context, or the address is none.
     """
     if address is not None and ("://" in address or address.startswith("/")):
-        host = f"unix://{address}" if address.startswith("/") else address
-        return _with_tls_of_environment(host, "the address")
+        return _with_tls_of_environment(f"unix://{address}" if address.startswith("/") else address, "the address")
     if address is not None:
         return _of_context(address, f"the docker context {address!r}")
     if host := os.environ.get("DOCKER_HOST"):
