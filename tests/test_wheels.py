@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,8 @@ def test_core_alone_and_then_with_the_local_backend(wheels: Path, environment: P
     missing = "import fray\ntry: fray.connect('local')\nexcept fray.UsageError as error: print(error)"
     assert "pip install fray-local" in _run(environment, "python", "-c", missing)
     assert _run(environment, "fray", "--version")
+    with pytest.raises(AssertionError, match="pip install fray-docker"):
+        _run(environment, "fray", "build")
 
     _pip(environment, "--no-index", "--no-deps", str(next(wheels.glob("fray_local-*.whl"))))
     _pip(environment, "uv", "psutil", "platformdirs")
@@ -90,3 +93,11 @@ def test_a_wheel_holds_its_own_files_and_no_others(wheels: Path) -> None:
     assert "fray/py.typed" in core
     for members in names.values():
         assert [name for name in members if name.endswith("/licenses/LICENSE")]
+
+
+def test_the_docker_backend_carries_a_runner_for_each_platform(wheels: Path) -> None:
+    with zipfile.ZipFile(next(wheels.glob("fray_docker-*.whl"))) as wheel:
+        for machine, number in {"amd64": 0x3E, "arm64": 0xB7}.items():
+            program = wheel.read(f"fray/backend/docker/runner/fray-runner-{machine}")
+            assert program[:4] == b"\x7fELF"
+            assert int.from_bytes(program[18:20], "little") == number  # e_machine

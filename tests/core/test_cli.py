@@ -445,9 +445,8 @@ def test_an_engine_that_cannot_be_used_is_69(command: Command) -> None:
 
 def test_a_name_that_is_not_there_comes_with_what_to_do(command: Command) -> None:
     assert "did you mean 'run'?" in command("rnu").stderr
-    assert "pip install fray-docker" in command("build").stderr
     assert "pip install fray-tpu" in command("tpu", "gc").stderr
-    assert command("build").returncode == 2
+    assert command("tpu", "gc").returncode == 2
     assert "did you mean 'local'?" in command("list", "-c", "locl").stderr
 
 

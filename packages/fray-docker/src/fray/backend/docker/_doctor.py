@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fray.backend.docker._engine import REMEDY, Engine, find_endpoint
+from fray.backend.docker._engine import DEFAULT, REMEDY, Engine, find_endpoint
 from fray.errors import FrayError
 
 __all__ = ["checks"]
@@ -23,7 +23,11 @@ def checks() -> Iterator[tuple[bool, str, str]]:
     try:
         version, info = engine.version, engine.info
     except FrayError as error:
-        yield False, f"docker: {error}", REMEDY
+        if endpoint.named_by == DEFAULT:
+            # Nobody has said that there should be one: `fray doctor -c docker` asks whether there is.
+            yield True, f"docker: no engine answers at {endpoint.host}; jobs with -c docker need one", ""
+        else:
+            yield False, f"docker: {error}", REMEDY
         return
     yield (
         True,

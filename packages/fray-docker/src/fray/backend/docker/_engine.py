@@ -30,6 +30,7 @@ from fray.errors import (
 
 __all__ = ["ContainerGoneError", "Endpoint", "Engine", "engine_errors", "find_endpoint"]
 
+DEFAULT = "the default"
 REMEDY = "see that the engine runs (`docker info`), and that DOCKER_HOST or the docker context in use names it"
 
 
@@ -87,7 +88,7 @@ def find_endpoint(address: str | None = None) -> Endpoint:
     context = os.environ.get("DOCKER_CONTEXT") or _context_in_use()
     if context and context != "default":
         return _of_context(context, f"the docker context {context!r}")
-    return Endpoint("unix:///var/run/docker.sock", "the default")
+    return Endpoint("unix:///var/run/docker.sock", DEFAULT)
 
 
 class ContainerGoneError(Exception):
