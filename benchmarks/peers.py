@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -74,27 +75,38 @@ def _install() -> _Installed:
 
 
 class Peer:
-    """A peer's warm process. Each request is one line of JSON to it, each answer one from it."""
+    """A peer's warm process. Each request is one line of JSON to it, each answer one from it.
 
-    def __init__(self, name: str, python: str, scratch: Path) -> None:
+    Args:
+        name: Which of `peer_worker.py`.
+        python: The peers' own.
+        scratch: Where its directory is made.
+        arguments: What it needs to know beside.
+        environment: Variables beside this process's.
+    """
+
+    def __init__(
+        self, name: str, python: str, scratch: Path, *arguments: str, environment: Mapping[str, str] | None = None
+    ) -> None:
         self.name = name
         self._scratch = scratch / f"peer-{name}"
         self._scratch.mkdir(parents=True, exist_ok=True)
         self._trouble = (self._scratch / "stderr").open("w+")
         process = subprocess.Popen(
-            [python, str(_HERE / "peer_worker.py"), name, str(self._scratch)],
+            [python, str(_HERE / "peer_worker.py"), name, str(self._scratch), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._trouble,
             text=True,
             cwd=self._scratch,
+            env={**os.environ, **(environment or {})},
         )
         assert process.stdin is not None
         assert process.stdout is not None
         self._process, self._requests, self._answers = process, process.stdin, process.stdout
 
     def measure(self, jobs: int) -> float:
-        """Return the seconds from the submission of so many jobs to the moment at which all are known to be over."""
+        """Return the seconds from the submission of so many jobs, or builds, until all are known to be over."""
         self._requests.write(json.dumps({"jobs": jobs}) + "\n")
         self._requests.flush()
         answer = self._answers.readline()
