@@ -10,8 +10,9 @@ says an end in words, the same on every backend. The runner itself (`fray._runne
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -26,6 +27,7 @@ __all__ = [
     "RunnerEvent",
     "describe",
     "encode_handover",
+    "lost",
     "parse_events",
     "read_journal",
     "runner_arguments",
@@ -159,6 +161,18 @@ def encode_handover(secrets: dict[str, str]) -> bytes:
     """Return what is sent to a runner's standard input under `--handover stdin`."""
     pairs = b"".join(f"{name}={value}".encode() + b"\0" for name, value in secrets.items())
     return b"%d\n%s" % (len(pairs), pairs)
+
+
+def lost(last: JobInfo, message: str) -> JobInfo:
+    """Return the end of a job of which the engine knows nothing any more, by what was last known of it."""
+    return replace(
+        last,
+        status=JobStatus.FAILED,
+        end_time=max(time.time(), last.start_time or last.submission_time),
+        exit_code=None,
+        reason=TerminationReason.LOST,
+        message=message,
+    )
 
 
 def parse_events(journal: bytes) -> list[RunnerEvent]:

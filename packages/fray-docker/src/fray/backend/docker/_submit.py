@@ -11,7 +11,6 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 from fray.backend.docker._attach import Attached
 from fray.backend.docker._containers import (
-    ContainerOptions,
     command_container,
     holder_container,
     infeasible,
@@ -21,6 +20,7 @@ from fray.backend.docker._containers import (
 )
 from fray.backend.docker._engine import Engine
 from fray.backend.docker._holder import Holder
+from fray.backend.docker._options import ContainerOptions
 from fray.backend.docker._prepare import READY, Preparation
 from fray.backend.docker._record import Submission, job_name
 from fray.backend.docker._start import (

@@ -15,11 +15,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fray.backend.docker._containers import ContainerOptions, Mount, read_mounts
+from fray.backend.docker._options import ContainerOptions, Mount, read_mounts
 from fray.cluster import Capabilities, ClusterContext, JobPlan, JobRequest
 from fray.errors import InvalidTypeError, InvalidValueError, JobNotFoundError, UnsupportedError
 from fray.request import check_count, check_seconds
-from fray.types import JobInfo, JobStatus, TerminationReason
+from fray.types import JobInfo, JobStatus
 
 if TYPE_CHECKING:
     from fray.backend.docker._record import Container, KnownJob
@@ -170,12 +170,7 @@ class DockerClusterContext(ClusterContext):
         submit(plan, self._engine, self._toolbox)
 
     def _get(self, job_id: str) -> JobInfo:
-        info = self._known(job_id).info
-        if info.status.is_terminal:
-            self._awaited.pop(job_id, None)
-        else:
-            self._awaited[job_id] = info
-        return info
+        return self._noted(self._known(job_id).info)
 
     def _fingerprint(self, job_id: str) -> str:
         from fray.backend.docker._start import wait_until_taken_over
@@ -199,21 +194,23 @@ class DockerClusterContext(ClusterContext):
         return found[:limit]
 
     def _wait(self, job_id: str, deadline: float | None) -> JobInfo:
+        from fray.backend.docker._record import LOST_WITH_ITS_CONTAINER
+        from fray.supervision import lost
+
         while True:
             try:
-                info = self._get(job_id)
+                known = self._known(job_id)
             except JobNotFoundError:
                 if last := self._awaited.pop(job_id, None):
-                    return _lost_with_its_container(last)
+                    return lost(last, LOST_WITH_ITS_CONTAINER)
                 raise
             left = _LONGEST_WAIT_SECONDS if deadline is None else deadline - time.monotonic()
-            if info.status.is_terminal or left <= 0:
-                return info
-            known = self._known(job_id)
-            if not self._engine.wait_for_end(known.command or known.container, min(left, _LONGEST_WAIT_SECONDS)):
-                continue
-            # It has ended, or has not begun: the next look tells.
-            time.sleep(0.002)
+            if known.info.status.is_terminal or left <= 0:
+                return self._noted(known.info)
+            self._noted(known.info)
+            if self._engine.wait_for_end(known.command or known.container, min(left, _LONGEST_WAIT_SECONDS)):
+                # It has ended, or has not begun: the next look tells.
+                time.sleep(0.002)
 
     def _read_logs(self, job_id: str, offset: int, follow: bool) -> Iterator[bytes]:
         from fray.backend.docker._engine import ContainerGoneError
@@ -288,6 +285,13 @@ class DockerClusterContext(ClusterContext):
 
     # Behind it
 
+    def _noted(self, info: JobInfo) -> JobInfo:
+        if info.status.is_terminal:
+            self._awaited.pop(info.id, None)
+        else:
+            self._awaited[info.id] = info
+        return info
+
     def _known(self, job_id: str) -> KnownJob:
         from fray.backend.docker._record import JOB_LABEL, Container, job_name
 
@@ -326,17 +330,3 @@ class DockerClusterContext(ClusterContext):
             **({} if on_given else self._image_options),
             **self._builder_options,
         )
-
-
-def _lost_with_its_container(info: JobInfo) -> JobInfo:
-    from dataclasses import replace
-
-    from fray.backend.docker._record import LOST_WITH_ITS_CONTAINER
-
-    return replace(
-        info,
-        status=JobStatus.FAILED,
-        end_time=max(time.time(), info.start_time or info.submission_time),
-        reason=TerminationReason.LOST,
-        message=LOST_WITH_ITS_CONTAINER,
-    )

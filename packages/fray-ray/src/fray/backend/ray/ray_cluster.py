@@ -243,7 +243,9 @@ class RayClusterContext(ClusterContext):
             last = self._awaited.pop(job_id, None)
             if last is None or not self._rest.has_restarted():
                 raise
-            return _lost_with_its_head(last)
+            from fray.supervision import lost
+
+            return lost(last, "the head of the Ray cluster was started anew, and has forgotten its jobs")
         self._awaited.pop(job_id, None)
         return info
 
@@ -449,21 +451,6 @@ class RayClusterContext(ClusterContext):
             elif total - used < quantity:
                 said.append(f"{quantity:g} {name} ({used:g} of {total:g} in use)")
         return f"waiting for {', '.join(said) or installs or 'Ray to start it'}"
-
-
-def _lost_with_its_head(last: JobInfo) -> JobInfo:
-    from dataclasses import replace
-
-    from fray.types import TerminationReason
-
-    return replace(
-        last,
-        status=JobStatus.FAILED,
-        end_time=max(time.time(), last.start_time or last.submission_time),
-        exit_code=None,
-        reason=TerminationReason.LOST,
-        message="the head of the Ray cluster was started anew, and has forgotten its jobs",
-    )
 
 
 def _installs_packages(job: KnownJob) -> bool:
