@@ -1,6 +1,7 @@
 """The benchmarks run and leave well-formed numbers. How good the numbers are is not a test's business."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,3 +33,18 @@ def test_importing_fray_loads_no_backend_and_nothing_heavy(tmp_path):
     subprocess.run([*command, "--output", str(output)], cwd=ROOT, check=True, capture_output=True)
     (loaded,) = [each for each in json.loads(output.read_text())["comparisons"] if "loaded" in each["details"]]
     assert loaded["details"]["loaded"] == []
+
+
+def test_without_an_engine_the_docker_rows_say_so_and_are_left_out(tmp_path):
+    output = tmp_path / "latest.json"
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--only", "docker-submit", "--only", "docker-rebuild"]
+    nowhere = {**os.environ, "DOCKER_HOST": f"unix://{tmp_path}/no-engine.sock"}
+    done = subprocess.run(
+        [*command, "--output", str(output)], cwd=ROOT, env=nowhere, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(output.read_text())["comparisons"]
+    assert {each["row"] for each in found} == {"docker-submit", "docker-rebuild"}
+    for each in found:
+        assert each["verdict"] == "not measured"
+        assert "no-engine.sock" in each["note"]

@@ -29,7 +29,9 @@ class Command:
         self.project = directory / "project"
         self.project.mkdir()
         self.environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(("DOCKER_", "FRAY_", "VIRTUAL_ENV"))
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("DOCKER_", "FRAY_", "VIRTUAL_ENV"))
         }
         self.environment |= {
             "XDG_STATE_HOME": str(directory / "state"),

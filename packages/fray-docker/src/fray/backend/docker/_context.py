@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import shutil
 import tarfile
 import tempfile
 import weakref
@@ -84,8 +85,7 @@ class Context:
             if self.source is not None and self.is_flat:
                 # Its members follow ours, its end is the end.
                 self.source.seek(0)
-                for chunk in iter(lambda: self.source.read(_COPY_BYTES), b""):  # type: ignore[union-attr]
-                    target.write(chunk)
+                shutil.copyfileobj(self.source, target, _COPY_BYTES)
 
     def write_directory(self, directory: Path) -> None:
         """Write a context that is not flat as files of a directory, with the same modes everywhere."""
@@ -106,8 +106,7 @@ def read_context(archive: IO[bytes]) -> Context:
             assert content is not None
             if member.name == SOURCE:
                 source = _Spool(_IN_MEMORY_BYTES)
-                for chunk in iter(lambda: content.read(_COPY_BYTES), b""):  # noqa: B023
-                    source.write(chunk)
+                shutil.copyfileobj(content, source, _COPY_BYTES)
             else:
                 files[member.name] = content.read()
     return Context(files, source)
@@ -140,6 +139,5 @@ def _size(file: IO[bytes]) -> int:
 
 def _write(path: Path, content: IO[bytes]) -> None:
     with path.open("wb") as file:
-        for chunk in iter(lambda: content.read(_COPY_BYTES), b""):
-            file.write(chunk)
+        shutil.copyfileobj(content, file, _COPY_BYTES)
         os.fchmod(file.fileno(), 0o644)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import docker
+from docker.constants import DEFAULT_DOCKER_API_VERSION
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 from docker.tls import TLSConfig
 from fray.errors import (
@@ -112,7 +113,7 @@ class Engine:
     def version(self) -> dict[str, Any]:
         """The engine's version, operating system (`Os`) and architecture (`Arch`), asked once."""
         with self.errors():
-            client = self._client(docker.constants.DEFAULT_DOCKER_API_VERSION)
+            client = self._client(DEFAULT_DOCKER_API_VERSION)
             try:
                 found: dict[str, Any] = client.version(api_version=False)
             finally:
@@ -132,11 +133,12 @@ class Engine:
             tls = TLSConfig(
                 client_cert=self.endpoint.certificate, ca_cert=self.endpoint.ca, verify=self.endpoint.verify
             )
+        timeout: Any = self.timeout_seconds  # docker-py says int, and hands it to requests, which takes fractions
         client = docker.APIClient(
             base_url=self.endpoint.host,
             version=version,
             tls=tls,
-            timeout=self.timeout_seconds,
+            timeout=timeout,
             use_ssh_client=self.endpoint.host.startswith("ssh://"),
         )
         if client.verify is not True:
@@ -186,7 +188,8 @@ class Engine:
 
         with self.errors():
             try:
-                self.api.wait(container, timeout=seconds)
+                timeout: Any = seconds  # as above
+                self.api.wait(container, timeout=timeout)
             except NotFound:
                 pass
             except requests.exceptions.ReadTimeout:
