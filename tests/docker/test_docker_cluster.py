@@ -15,7 +15,6 @@ import pytest
 
 import fray
 from fray.backend.docker._engine import Endpoint, Engine, find_endpoint
-from fray.backend.docker._prune import prune
 from fray.backend.docker.cluster import DockerClusterContext, Mount
 from fray.errors import (
     ConnectionFailedError,
@@ -305,34 +304,6 @@ def test_the_runner_is_brought_back_where_its_volume_was_pruned(harness: DockerH
     harness.engine.api.remove_volume(volume, force=True)
     harness.engine.api.create_volume(volume)  # empty, as the engine makes one by itself
     assert harness.run("echo back", in_image(harness)).status is JobStatus.SUCCEEDED
-
-
-# Pruning
-
-
-def test_pruning_takes_nothing_that_is_used_or_not_frays(harness: DockerHarness, tmp_path: Path) -> None:
-    def made(image: str, text: str) -> str:
-        folder = tmp_path / text
-        folder.mkdir()
-        (folder / "f").write_text(text)
-        from fray.backend.docker.images import ImageBuilder
-
-        return ImageBuilder(folder, engine=harness.engine, base_image=image, repository="fray-test/prune").build().tag
-
-    used, unused = made(harness.base_image, "used"), made(harness.base_image, "unused")
-    own = derived(harness.engine, harness.base_image, "fray-test-not-ours:1", "RUN echo\n")
-    info = harness.run("true", RuntimeEnv(container_image=used))
-    named = [each.name for each in prune(harness.engine, 0, dry_run=True)]
-    assert unused in named
-    assert harness.engine.inspect_image(unused), "a dry run removes nothing"
-    assert [each for each in prune(harness.engine, 3600, dry_run=True) if each.name == unused] == [], "by age"
-    removed = [each.name for each in prune(harness.engine, 0)]
-    assert unused in removed
-    assert used not in removed
-    assert harness.engine.inspect_image(unused) is None
-    assert harness.engine.inspect_image(used)
-    assert harness.engine.inspect_image(own)
-    assert harness.cluster.get_job(info.id) == info
 
 
 # Remote engines

@@ -80,6 +80,8 @@ def build(
     if push and tag is None:
         raise InvalidValueError("--push needs --tag: the registry and the repository to push to")
     engine, configured = _engine(cluster)
+    if dockerfile:  # what is configured for Fray's own does not count
+        configured = {name: value for name, value in configured.items() if name not in ("base_image", "ca_bundle")}
     maker = ImageBuilder(
         directory,
         engine=engine,

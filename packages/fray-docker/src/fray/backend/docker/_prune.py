@@ -5,6 +5,7 @@ Nothing that Fray did not make is touched, and no job.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,8 +18,9 @@ from fray.backend.docker._start import remove_container
 
 __all__ = ["Pruned", "prune"]
 
-IMAGE_LABEL = "fray.image"
 TOOLBOX_LABEL = "fray.toolbox"
+# By label, and what tags Fray gives: an image that somebody builds on top of one of Fray's inherits the label.
+_MADE_BY_FRAY = {"fray.image": r"[0-9a-f]{24}", TOOLBOX_LABEL: r"[0-9a-f]{16}", "fray.uv": r"\d.*"}
 # A container that is younger may be on its way to a job.
 _LEFT_BEHIND_SECONDS = 3600.0
 
@@ -48,12 +50,15 @@ def prune(engine: Engine, older_than_seconds: float, *, dry_run: bool = False) -
         used = {container["ImageID"] for container in engine.api.containers(all=True)}
         images = [
             image
-            for label in (IMAGE_LABEL, TOOLBOX_LABEL)
+            for label, tag in _MADE_BY_FRAY.items()
             for image in engine.api.images(filters={"label": label})
-            if image["Id"] not in used and image["Created"] <= time.time() - older_than_seconds
+            if image["Id"] not in used
+            and image["Created"] <= time.time() - older_than_seconds
+            and image["RepoTags"]
+            and all(re.fullmatch(tag, name.rpartition(":")[2]) for name in image["RepoTags"])
         ]
     for image in images:
-        names = [name for name in image["RepoTags"] or () if name != "<none>:<none>"] or [image["Id"]]
+        names = image["RepoTags"]
         with engine.errors():
             try:
                 if not dry_run:
