@@ -13,6 +13,7 @@ from uuid import uuid4
 
 import psutil
 import pytest
+from docker.errors import NotFound
 
 from fray.backend.docker._engine import Engine
 from fray.request import current_owner
@@ -39,6 +40,7 @@ class DockerHarness(ClusterHarness):
         self.base_image = base_image
         self.registry = registry
         self._open = ExitStack()
+        self._images: list[str] = []
         self.proxy = self._open.enter_context(Proxy(engine.endpoint.host))
         self.spec = f"docker:{self.proxy.host}"
         # Not the directory's name: what one test builds serves the others.
@@ -61,6 +63,7 @@ class DockerHarness(ClusterHarness):
             yield RuntimeEnv(container_image=f"{stalled.stalled_address}/held:{tag}")
         finally:
             stalled.release()
+            self._images.append(f"{stalled.stalled_address}/held:{tag}")
 
     def containers(self, job_id: str) -> list[dict[str, Any]]:
         """The containers of a job, by their inspection."""
@@ -119,6 +122,9 @@ class DockerHarness(ClusterHarness):
         for job_id in own:
             self.end(job_id)
             self.cluster.purge_job(job_id)
+        for image in self._images:
+            with suppress(NotFound):
+                self.engine.api.remove_image(image)
         for cluster in self._clusters:
             cluster.close()
         self._open.close()
