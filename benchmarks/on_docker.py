@@ -209,6 +209,8 @@ class _Project:
             file.parent.mkdir(parents=True, exist_ok=True)
             self._write(file)
         (directory / "main.py").write_text('print("hello")\n')
+        # A repository of its own: what the one around it ignores is not this project's.
+        (directory / ".git").mkdir(exist_ok=True)
 
     def edited(self, build: Callable[[], object], *, takes_time_itself: bool = False) -> Callable[[], float]:
         """Return what edits a file, and then builds and says what the build took."""

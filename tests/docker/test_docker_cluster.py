@@ -267,6 +267,20 @@ def test_a_paused_job_says_so_and_can_be_stopped(harness: DockerHarness) -> None
     assert harness.end(job_id).status is JobStatus.STOPPED
 
 
+def test_a_holder_ends_with_the_decision_that_it_makes(harness: DockerHarness, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text(str(time.time_ns()))
+    env = RuntimeEnv(working_dir=str(tmp_path))
+    job_id = harness.cluster.create_job("echo ready; sleep 600", env)
+    harness.until_logged(job_id, b"ready")
+    (holder,) = [each for each in harness.containers(job_id) if each["Config"]["Labels"]["fray.role"] == "holder"]
+    assert (holder["State"]["Status"], holder["State"]["ExitCode"]) == ("exited", 0)
+    assert b'{"event":"released"' in harness.engine.api.logs(holder["Id"]).splitlines()[-1]
+    failed = harness.run("true", RuntimeEnv(container_image=f"{harness.registry.address}/no/such:image"))
+    (holder,) = harness.containers(failed.id)
+    assert holder["State"]["ExitCode"] == 1
+    assert harness.engine.api.logs(holder["Id"]).count(b'"ended"') == 1
+
+
 # Names
 
 

@@ -90,7 +90,8 @@ _HEADER = struct.Struct(">4xI")
 def encode_event(event: str, **fields: object) -> bytes:
     """Return an event's line."""
     known = {name: value for name, value in fields.items() if value is not None}
-    return RS + json.dumps({"event": event, **known}).encode() + b"\n"
+    # Without spaces: the relay knows an event by its beginning.
+    return RS + json.dumps({"event": event, **known}, separators=(",", ":")).encode() + b"\n"
 
 
 def encode_output(output: bytes) -> bytes:
