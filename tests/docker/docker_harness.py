@@ -47,9 +47,9 @@ class DockerHarness(ClusterHarness):
         self.options = {"grace_seconds": 1.0, "repository": "fray-test/job", **options}
         if "dockerfile" not in options:
             self.options |= {"base_image": base_image, "ca_bundle": "system"}
-        self._owner = f"fray-test-{uuid4().hex}"
+        self.owner = f"fray-test-{uuid4().hex}"
         patch = self._open.enter_context(pytest.MonkeyPatch.context())
-        patch.setenv("LOGNAME", self._owner)  # whoever is asked for takes it from there, in fresh processes too
+        patch.setenv("LOGNAME", self.owner)  # whoever is asked for takes it from there, in fresh processes too
         current_owner.cache_clear()
         self._open.callback(current_owner.cache_clear)
 
@@ -116,7 +116,7 @@ class DockerHarness(ClusterHarness):
             yield
 
     def __exit__(self, *error: Any) -> None:
-        own = [info.id for info in self.cluster.list_jobs() if info.owner.startswith(f"{self._owner}@")]
+        own = [info.id for info in self.cluster.list_jobs() if info.owner.startswith(f"{self.owner}@")]
         for job_id in own:
             self.cluster.delete_job(job_id)
         for job_id in own:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def test_a_build_prints_the_images_name_and_the_second_does_nothing(engine: Engi
     assert engine.inspect_image(tag)
     second = fray("build", "--tag", REPOSITORY)
     assert (second.stdout, second.stderr) == (first.stdout, "")
-    (project / "train.py").write_text("print('trained again')\n")
+    (project / "train.py").write_text(f"print('trained again, {time.time_ns()}')\n")
     answer = json.loads(fray("build", "--tag", REPOSITORY, "--json").stdout)
     assert answer["tag"] != tag
     assert answer["was_built"]

@@ -439,6 +439,4 @@ def test_listing_gives_the_newest_first_without_reading_the_rest(harness: Docker
         harness.end(job_id)
     fresh = harness.connect()
     assert [info.id for info in fresh.list_jobs(limit=3)] == ids[-3:][::-1]
-    began = time.time()
-    assert [info.id for info in fresh.list_jobs()[:12]] == ids[::-1]
-    assert all(info.submission_time <= began for info in fresh.list_jobs())
+    assert [info.id for info in fresh.list_jobs() if info.id in ids] == ids[::-1]

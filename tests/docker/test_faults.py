@@ -267,7 +267,7 @@ cluster.wait({job_id!r})
         client.kill()
         was_told = b"submitted" in client.stdout.read()
     # The process that prepares it may be about to have it accepted, or not to.
-    until(lambda: not _preparers(), "those that prepare jobs to end")
+    until(lambda: not _preparers(harness), "those that prepare jobs to end")
     stale_at = time.monotonic() + 2
     while True:
         try:
@@ -288,11 +288,13 @@ cluster.wait({job_id!r})
     assert harness.cluster.get_logs(job_id) == "ran\n", "it ran once"
 
 
-def _preparers() -> list[psutil.Process]:
+def _preparers(harness: DockerHarness) -> list[psutil.Process]:
+    """The processes that prepare jobs of the harness."""
     found = []
     for process in psutil.process_iter():
         try:
-            if "fray.backend.docker._prepare" in " ".join(process.cmdline()):
+            is_one = "fray.backend.docker._prepare" in " ".join(process.cmdline())
+            if is_one and process.environ().get("LOGNAME") == harness.owner:
                 found.append(process)
         except psutil.Error:
             continue
@@ -302,7 +304,7 @@ def _preparers() -> list[psutil.Process]:
 def test_a_killed_preparation_is_a_lost_job(harness: DockerHarness) -> None:
     with harness.hold_pending() as held:
         job_id = harness.cluster.create_job("echo ran", held)
-        (preparer,) = _preparers()
+        (preparer,) = _preparers(harness)
         preparer.send_signal(signal.SIGKILL)
         info = harness.end(job_id)
     assert (info.status, info.reason) == (JobStatus.FAILED, TerminationReason.LOST)
@@ -320,7 +322,7 @@ def test_a_deleted_build_is_given_up(engine: Engine, base_image: str, registry: 
         harness.cluster.delete_job(job_id)
         info = harness.end(job_id)
         assert (info.status, info.reason) == (JobStatus.STOPPED, TerminationReason.STOPPED_BY_USER)
-        until(lambda: not _preparers(), "the preparation to end")
+        until(lambda: not _preparers(harness), "the preparation to end")
         until(lambda: not _processes("sleep 599"), "the step to end")
 
 
@@ -472,7 +474,7 @@ def test_a_secret_of_the_clients_environment_stays_out_of_the_preparation(
         from dataclasses import replace
 
         job_id = harness.cluster.create_job("echo ${#HIDDEN}", replace(held, secrets={"HIDDEN": "s3cret-4f1c"}))
-        (preparer,) = _preparers()
+        (preparer,) = _preparers(harness)
         assert "HIDDEN" not in preparer.environ()
         assert not re.search("s3cret", " ".join(preparer.cmdline()))
     assert harness.end(job_id).status is JobStatus.SUCCEEDED
