@@ -123,7 +123,42 @@ def test_too_little_memory_for_the_engine_is_refused(harness: DockerHarness) -> 
         harness.cluster.create_job("true", RuntimeEnv([], [Resource("memory", 1024)]))
 
 
+def test_a_cap_above_what_the_machine_has_is_no_cap(harness: DockerHarness) -> None:
+    env = RuntimeEnv([], [Resource("CPU", 1)], [Resource("CPU", 4096)], container_image=harness.base_image)
+    info = harness.run("true", env)
+    assert info.status is JobStatus.SUCCEEDED, info
+    assert harness.command_container(info.id)["HostConfig"]["NanoCpus"] == 0
+
+
 # Options
+
+
+def test_an_unknown_network_is_refused_by_the_plan(engine: Engine, base_image: str, registry: Registry) -> None:
+    with (
+        DockerHarness(engine, base_image, registry, network="no-such-network-4f1c") as harness,
+        pytest.raises(InvalidValueError, match="no-such-network-4f1c"),
+    ):
+        harness.cluster.plan_job("true", in_image(harness))
+
+
+@pytest.mark.parametrize("policy", ["never", "always"])
+def test_the_pull_policy_holds_for_what_is_built_on(
+    engine: Engine, base_image: str, registry: Registry, shell_image: str, tmp_path: Path, policy: str
+) -> None:
+    (tmp_path / "file").touch()
+    reference = registry.push(shell_image, f"base-{policy}:latest")
+    env = RuntimeEnv(container_image=reference, working_dir=str(tmp_path))
+    with DockerHarness(engine, base_image, registry, pull=policy) as harness:
+        if policy == "never":
+            with pytest.raises(InvalidValueError, match="never"):
+                harness.cluster.plan_job("true", env)
+            return
+        ask = "command -v python3 || echo none"
+        assert harness.cluster.get_logs(harness.run(ask, env).id) == "none\n"
+        registry.push(base_image, f"base-{policy}:latest")
+        engine.api.tag(shell_image, f"{registry.address}/base-{policy}", "latest")  # what is here is the old one
+        assert harness.cluster.get_logs(harness.run(ask, env).id) == "/usr/bin/python3\n"
+    engine.api.remove_image(reference, force=True)
 
 
 def test_mounts_network_and_shared_memory(
@@ -163,7 +198,13 @@ def test_mounts_network_and_shared_memory(
         ({"shm_bytes": -1}, InvalidValueError),
         ({"grace_seconds": -1}, InvalidValueError),
         ({"build_args": ["a"]}, InvalidTypeError),
+        ({"build_args": {"A": "1"}}, InvalidValueError),
+        ({"dockerfile": "Dockerfile", "base_image": "x"}, InvalidValueError),
+        ({"builder": "kaniko"}, InvalidValueError),
+        ({"platform": "nonsense"}, InvalidValueError),
+        ({"ca_bundle": "/nowhere.pem"}, InvalidValueError),
         ({"address": "no-such-context"}, InvalidValueError),
+        ({"address": "ssh://user@host"}, UnsupportedError),
     ],
 )
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], error: type[Exception]) -> None:
@@ -210,11 +251,17 @@ def test_outputs_of_an_image_with_a_user_of_its_own_come_back(harness: DockerHar
 def test_outputs_are_kept_inside_their_destination(harness: DockerHarness, tmp_path: Path) -> None:
     command = 'cd "$FRAY_OUTPUT_DIR"; echo in > file; ln -s /etc/passwd link; ln file hard; mkdir empty; chmod +x file'
     info = harness.run(command, in_image(harness))
-    fetched = harness.cluster.fetch_outputs(info.id, tmp_path / "to")
-    assert {path.name for path in fetched} >= {"file"}
-    assert not (tmp_path / "to" / "link").exists(), "what a link leads to is not here"
-    assert (tmp_path / "to" / "empty").is_dir()
-    assert (tmp_path / "to" / "file").stat().st_mode & 0o100
+    to = tmp_path / "to"
+    fetched = harness.cluster.fetch_outputs(info.id, to)
+    assert fetched == [to / "file", to / "hard", to / "link"]
+    assert (to / "link").is_symlink()
+    assert (to / "hard").read_text() == "in\n"
+    assert (to / "empty").is_dir()
+    assert (to / "file").stat().st_mode & 0o100
+    (to / "empty").rmdir()
+    (to / "empty").symlink_to(tmp_path)
+    harness.cluster.fetch_outputs(info.id, to)
+    assert not (to / "empty").is_symlink(), "nothing is written through a link"
 
 
 def test_a_shell_is_enough(harness: DockerHarness, shell_image: str) -> None:
@@ -308,6 +355,63 @@ def test_a_foreign_container_of_that_name_is_left_alone(harness: DockerHarness) 
         harness.engine.api.remove_container(container)
 
 
+def test_adopting_leaves_a_foreign_container_alone(harness: DockerHarness) -> None:
+    foreign = {"Image": harness.base_image, "Cmd": ["sleep", "600"]}
+    container = harness.engine.api.create_container_from_config(foreign, "fray.foreign-adopt")["Id"]
+    try:
+        for start in (False, True):
+            if start:
+                harness.engine.api.start(container)
+            with pytest.raises(JobExistsError, match=r"none of Fray's"):
+                harness.cluster.create_job("true", in_image(harness), job_id="foreign-adopt", if_exists="adopt")
+        assert harness.engine.inspect_container(container)
+    finally:
+        harness.engine.api.remove_container(container, force=True)
+
+
+def test_purging_takes_no_container_that_is_not_the_jobs(harness: DockerHarness) -> None:
+    info = harness.run("true", in_image(harness))
+    foreign = {"Image": harness.base_image, "Cmd": ["true"]}
+    container = harness.engine.api.create_container_from_config(foreign, f"fray.{info.id}.run")["Id"]
+    try:
+        harness.cluster.purge_job(info.id)
+        assert harness.engine.inspect_container(container)
+    finally:
+        harness.engine.api.remove_container(container)
+
+
+def test_what_is_made_of_a_jobs_container_is_no_job(harness: DockerHarness) -> None:
+    info = harness.run("true", in_image(harness))
+    harness.engine.api.commit(harness.command_container(info.id)["Id"], "fray-test-committed", "1")
+    copy = {"Image": "fray-test-committed:1", "Entrypoint": ["true"]}
+    container = harness.engine.api.create_container_from_config(copy)["Id"]
+    try:
+        assert [each.id for each in harness.cluster.list_jobs()].count(info.id) == 1
+        other = harness.run("echo other", RuntimeEnv(container_image="fray-test-committed:1"))
+        assert other.entrypoint == "echo other"
+    finally:
+        harness.engine.api.remove_container(container)
+        for each in harness.containers(other.id):
+            harness.engine.api.remove_container(each["Id"])
+        harness.engine.api.remove_image("fray-test-committed:1")
+
+
+def test_a_finished_job_is_not_run_again_by_hand(harness: DockerHarness) -> None:
+    info = harness.run("echo ran", in_image(harness))
+    container = harness.command_container(info.id)["Id"]
+    harness.engine.api.start(container)
+    harness.engine.api.wait(container)
+    assert harness.connect().get_job(info.id) == info
+    assert harness.cluster.get_logs(info.id) == "ran\n"
+
+
+def test_engines_times_are_read_in_any_zone() -> None:
+    from fray.backend.docker._start import _seconds
+
+    times = ["2026-11-25T09:50:33.317430984Z", "2026-11-25T18:50:33.3+09:00", "2026-11-25T02:50:33-07:00"]
+    assert len({_seconds(each) for each in times}) == 1
+
+
 def test_the_runner_is_brought_back_where_its_volume_was_pruned(harness: DockerHarness) -> None:
     volume = harness.cluster._toolbox.volume  # type: ignore[attr-defined]
     assert harness.run("true", in_image(harness)).status is JobStatus.SUCCEEDED
@@ -317,6 +421,12 @@ def test_the_runner_is_brought_back_where_its_volume_was_pruned(harness: DockerH
             harness.engine.api.remove_container(each["Id"])
     harness.engine.api.remove_volume(volume, force=True)
     harness.engine.api.create_volume(volume)  # empty, as the engine makes one by itself
+    mount = {"Type": "volume", "Source": volume, "Target": "/.fray"}
+    half = {"Image": harness.base_image, "Cmd": ["mkdir", "/.fray/light"], "HostConfig": {"Mounts": [mount]}}
+    filler = harness.engine.api.create_container_from_config(half)["Id"]
+    harness.engine.api.start(filler)  # or half full, as a fill leaves it that is cut off
+    harness.engine.api.wait(filler)
+    harness.engine.api.remove_container(filler)
     assert harness.run("echo back", in_image(harness)).status is JobStatus.SUCCEEDED
 
 
@@ -379,6 +489,20 @@ def test_logs_are_read_from_any_offset_of_a_long_log(harness: DockerHarness) -> 
         assert harness.cluster.read_logs(info.id, offset) == whole[offset:]
     for tail in (1, 10, 3000, 59_999, 70_000):
         assert harness.cluster.get_logs(info.id, tail=tail).splitlines() == whole.decode().splitlines()[-tail:]
+
+
+def test_a_tail_of_a_growing_log_is_right(harness: DockerHarness) -> None:
+    job_id = harness.cluster.create_job("i=0; while :; do i=$((i+1)); echo line $i; done", in_image(harness))
+    harness.until_logged(job_id, b"line 100\n")
+    for tail in (1, 5, 3000):
+        for _ in range(5):
+            lines = harness.cluster.get_logs(job_id, tail=tail).splitlines()
+            numbers = [int(line.removeprefix("line ")) for line in lines if line.startswith("line ")]
+            assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+            assert len(lines) >= min(tail, numbers[0])
+    followed = harness.cluster.stream_logs(job_id, tail=10_000_000)
+    assert harness.soon(lambda: next(followed), "a line") == "line 1"
+    followed.close()  # type: ignore[attr-defined]
 
 
 def test_a_tail_of_a_long_log_is_a_small_answer(harness: DockerHarness) -> None:

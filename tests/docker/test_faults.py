@@ -57,9 +57,16 @@ def until(condition: Callable[[], object], what: str) -> None:
 
 
 def follow(cluster: fray.ClusterContext, job_id: str) -> tuple[threading.Thread, list[str]]:
-    """Follow a log in a thread."""
+    """Follow a log in a thread; a job that is removed meanwhile is its last line."""
     lines: list[str] = []
-    thread = threading.Thread(target=lambda: lines.extend(cluster.stream_logs(job_id)), daemon=True)
+
+    def read() -> None:
+        try:
+            lines.extend(cluster.stream_logs(job_id))
+        except JobNotFoundError:
+            lines.append("gone")
+
+    thread = threading.Thread(target=read, daemon=True)
     thread.start()
     return thread, lines
 
@@ -233,7 +240,44 @@ def test_a_failing_build_step_is_the_jobs_failure(
         assert len(after - before) == 1, "of the build no container stays"
 
 
+@pytest.mark.parametrize("builder", ["buildkit", "classic"])
+def test_a_build_that_fails_with_long_lines_says_so(
+    engine: Engine, base_image: str, registry: Registry, directory: Path, builder: str
+) -> None:
+    long = "for i in $(seq 20); do head -c 2000 /dev/zero | tr '\\0' '\"'; echo; done"
+    (directory / "Dockerfile").write_text(f"FROM {base_image}\nRUN {long}; echo boom-4f1c; exit 3\n")
+    with DockerHarness(engine, base_image, registry, dockerfile="Dockerfile", builder=builder) as harness:
+        info = harness.run("echo ran")
+        assert (info.status, info.reason) == (JobStatus.FAILED, TerminationReason.SETUP_FAILED), info
+        assert "boom-4f1c" in harness.cluster.get_logs(info.id)
+
+
 # Clients
+
+
+def test_a_job_whose_secrets_got_lost_is_not_accepted(engine: Engine, base_image: str, registry: Registry) -> None:
+    from .engine_proxy import Proxy
+
+    with (
+        DockerHarness(engine, base_image, registry) as harness,
+        Proxy(engine.endpoint.host, is_held=lambda data: b"4f1c-hidden" in data) as lossy,
+        DockerClusterContext(lossy.host, grace_seconds=1) as cluster,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        env = RuntimeEnv(container_image=base_image, secrets={"S": "4f1c-hidden"})
+        submitting = pool.submit(cluster.create_job, "echo ran", env, job_id="lost-handover")
+        assert lossy.has_held.wait(DEADLINE_SECONDS)
+        until(lambda: engine.inspect_container("fray.lost-handover"), "the container")
+        assert "lost-handover" not in [info.id for info in harness.cluster.list_jobs()], "it does not count yet"
+        with lossy.cut_off():
+            until(lambda: not engine.is_running("fray.lost-handover"), "the runner to give up")
+        with pytest.raises(PlatformError):
+            submitting.result(DEADLINE_SECONDS)
+        with pytest.raises(JobNotFoundError):
+            harness.cluster.get_job("lost-handover")
+        left = engine.inspect_container("fray.lost-handover")
+        if left is not None:
+            engine.api.remove_container(left["Id"])
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -392,6 +436,26 @@ def test_lines_that_the_engine_would_cut_come_back_whole(harness: DockerHarness)
     assert harness.cluster.read_logs(info.id).decode().splitlines() == expected
 
 
+def test_a_root_process_that_the_images_user_left_ends_with_its_job(harness: DockerHarness) -> None:
+    image = "fray-test-setuid:1"
+    dockerfile = (
+        f"FROM {harness.base_image}\nRUN cp $(readlink -f /usr/bin/python3) /usr/bin/rooted && chmod u+s /usr/bin/rooted"
+        "\nUSER 65534:65534\n"
+    )
+    subprocess.run(
+        ["docker", "build", "-q", "-t", image, "-"],
+        input=dockerfile.encode(),
+        check=True,
+        capture_output=True,
+        env={"PATH": "/usr/bin:/bin", **harness.engine.endpoint.environment()},
+    )
+    left = "import os, time; os.setuid(0); print(os.getuid(), flush=True); time.sleep(600)"
+    command = f'rooted -c "{left}" > /tmp/who & until grep -q 0 /tmp/who; do sleep 0.02; done; exit 6'
+    info = harness.run(command, RuntimeEnv(container_image=image))
+    assert info.exit_code == 6
+    assert "another user" in info.message
+
+
 def test_jobs_that_die_at_once_are_told_right(harness: DockerHarness) -> None:
     env = RuntimeEnv(container_image=harness.base_image)
     ids = [harness.cluster.create_job(command, env) for command in ("exit 9", "kill -9 $$", "no-such-command")]
@@ -417,7 +481,7 @@ def test_a_container_removed_behind_ones_back_is_a_lost_job(harness: DockerHarne
     assert (info.status, info.reason) == (JobStatus.FAILED, TerminationReason.LOST)
     assert "removed" in info.message
     thread.join(DEADLINE_SECONDS)
-    assert lines == ["begun"]
+    assert lines == ["begun", "gone"], "no log ends in the middle without a word"
     with pytest.raises(JobNotFoundError):  # the engine is the only store: to others it never was
         harness.connect().get_job(job_id)
 

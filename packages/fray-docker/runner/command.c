@@ -130,3 +130,16 @@ const char *make_outputs(const char *candidates, struct text *problem)
     text_free(&tried);
     return NULL;
 }
+
+bool is_first_start(const char *outputs)
+{
+    struct text mark = {0};
+    text_add_string(&mark, outputs);
+    text_add_string(&mark, ".started");
+    int fd = open(text_string(&mark), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    bool is_first = fd >= 0 || errno != EEXIST;
+    if (fd >= 0)
+        close(fd);
+    text_free(&mark);
+    return is_first;
+}

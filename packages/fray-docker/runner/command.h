@@ -3,6 +3,7 @@
 #ifndef FRAY_COMMAND_H
 #define FRAY_COMMAND_H
 
+#include <stdbool.h>
 #include <sys/types.h>
 
 #include "text.h"
@@ -23,5 +24,8 @@ void command_await(pid_t pid, int report, struct text *problem);
 /* Make a directory for the command's files, the first of `candidates` (separated by colons) that can be made. Return
  * its path, or NULL and say so in `problem`. */
 const char *make_outputs(const char *candidates, struct text *problem);
+
+/* Whether this is the first time that a job with this directory is started: a container may be started again by hand. */
+bool is_first_start(const char *outputs);
 
 #endif

@@ -435,6 +435,9 @@ int run(const struct options *options, pid_t guard)
     struct text problem = {0};
     if (options->outputs)
         runner.outputs = runner.journal.outputs = make_outputs(options->outputs, &problem);
+    /* What has ended stays as it ended: `docker start` changes neither the log nor anything else. */
+    if (getpid() == 1 && options->frames >= 0 && runner.outputs && !is_first_start(runner.outputs))
+        _exit(EXIT_INTERNAL);
     runner.tree = tree_open(runner.outputs);
     /* Written before the permit is looked at: whoever takes the permit away afterwards finds whom to signal. */
     journal_supervised(&runner.journal, guard);

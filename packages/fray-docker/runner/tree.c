@@ -241,8 +241,9 @@ bool tree_is_gone(const struct tree *tree)
 
 bool tree_only_others_left(const struct tree *tree)
 {
+    /* What was left behind by setuid programs of an image whose user is not root. */
     if (tree->is_init)
-        return false;
+        return kill(-1, 0) < 0 && errno == EPERM;
     struct pids found = tree_members(tree);
     bool only_others = found.count > 0;
     for (size_t i = 0; i < found.count; i++)

@@ -329,7 +329,7 @@ class _Walk:
             if entry.name not in _NEVER:
                 self._add(entry, f"{below}{entry.name}", levels, is_ignored, links)
         if not entries and below and not is_ignored:
-            self.found.append(SnapshotFile(below, 0))
+            self._keep(SnapshotFile(below, 0))
 
     def _add(
         self, entry: os.DirEntry[str], path: str, levels: tuple[_Level, ...], is_ignored: bool, links: frozenset[str]
@@ -366,13 +366,16 @@ class _Walk:
                 links = links | {real}
             self.enter(entry.path, f"{path}/", levels, is_ignored=is_ignored, links=links)
         elif stat.S_ISREG(status.st_mode) and not is_ignored:
-            try:
-                path.encode()
-            except UnicodeEncodeError:
-                raise InvalidValueError(
-                    f"the working directory has a file whose name is not UTF-8: {path!r}; rename it, or exclude it"
-                ) from None
-            self.found.append(SnapshotFile(path, status.st_size, bool(status.st_mode & stat.S_IXUSR)))
+            self._keep(SnapshotFile(path, status.st_size, bool(status.st_mode & stat.S_IXUSR)))
+
+    def _keep(self, file: SnapshotFile) -> None:
+        try:
+            file.path.encode()
+        except UnicodeEncodeError:
+            raise InvalidValueError(
+                f"the working directory has a file whose name is not UTF-8: {file.path!r}; rename it, or exclude it"
+            ) from None
+        self.found.append(file)
 
 
 def _ask(levels: Sequence[tuple[str, tuple[_Pattern, ...]]], path: str, is_directory: bool) -> bool | None:

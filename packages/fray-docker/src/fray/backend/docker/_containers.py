@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fray.backend.docker._options import ContainerOptions, Mount
-from fray.backend.docker._record import JOB_LABEL, ROLE_LABEL, Submission
+from fray.backend.docker._record import JOB_LABEL, ROLE_LABEL, SUBMISSION_LABEL, Submission
 from fray.backend.docker._toolbox import LIGHT_PART, RUNNER, Toolbox
 from fray.errors import InvalidValueError, UnsupportedError
 from fray.request import JobRequest
@@ -38,7 +38,9 @@ _LOG = {
 _LEAST_MEMORY_BYTES = 6 * 1024 * 1024
 
 
-def limits(minimum: Iterable[Resource], maximum: Iterable[Resource]) -> dict[str, Any]:
+def limits(
+    minimum: Iterable[Resource], maximum: Iterable[Resource], machine_cpus: float | None = None
+) -> dict[str, Any]:
     """Return the part of a container's configuration that resources become: a cap, by default what is asked for.
 
     Raises:
@@ -52,10 +54,12 @@ def limits(minimum: Iterable[Resource], maximum: Iterable[Resource]) -> dict[str
             raise UnsupportedError(f"a docker engine has no {name}: ask for CPU, memory or GPU")
     limit = {name: caps.get(name, asked.get(name, 0)) for name in ("CPU", "memory", "GPU")}
     found: dict[str, Any] = {}
+    if machine_cpus and limit["CPU"] >= machine_cpus:
+        limit["CPU"] = 0  # a cap that caps nothing, which the engine would refuse
     if limit["CPU"]:
         found["NanoCpus"] = max(math.ceil(limit["CPU"] * 1e9), 10_000_000)
-        if asked.get("CPU"):
-            found["CpuShares"] = max(2, round(asked["CPU"] * 1024))
+    if asked.get("CPU"):
+        found["CpuShares"] = max(2, round(asked["CPU"] * 1024))
     if limit["memory"]:
         if limit["memory"] < _LEAST_MEMORY_BYTES:
             raise InvalidValueError(f"memory={limit['memory']}: an engine gives no less than {_LEAST_MEMORY_BYTES}")
@@ -86,6 +90,7 @@ def command_container(
     options: ContainerOptions,
     toolbox: Toolbox,
     image: str,
+    machine_cpus: float | None = None,
 ) -> dict[str, Any]:
     """Return the request for the container that runs a job's command, as the engine's API has it.
 
@@ -95,6 +100,7 @@ def command_container(
         options: The cluster's.
         toolbox: What is mounted for the runner.
         image: The image's name; `with_image` puts the image itself in its place.
+        machine_cpus: How many the engine's machine has, where that matters.
     """
     env = request.env
     takes_handover = bool(env.secrets or submission.prepares)
@@ -109,11 +115,12 @@ def command_container(
         handover_timeout_seconds=HANDOVER_SECONDS,
         outputs=OUTPUT_DIRECTORIES,
     )
-    own = {JOB_LABEL: request.job_id, ROLE_LABEL: "run"}
+    # Empty, or an image of another job's container would give its own.
+    own = {JOB_LABEL: request.job_id, ROLE_LABEL: "run", SUBMISSION_LABEL: ""}
     labels = own if submission.prepares else submission.labels(request.job_id)
     host: dict[str, Any] = {
         **_HOST,
-        **limits(env.minimum_resources, env.maximum_resources),
+        **limits(env.minimum_resources, env.maximum_resources, machine_cpus),
         "Mounts": [toolbox.mount(), *(_native(mount) for mount in options.mounts)],
         "NetworkMode": options.network or "default",
         "ShmSize": options.shm_bytes,

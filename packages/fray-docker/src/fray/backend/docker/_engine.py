@@ -27,6 +27,7 @@ from fray.errors import (
     InvalidValueError,
     PlatformError,
     SubmissionError,
+    UnsupportedError,
 )
 
 __all__ = ["ContainerGoneError", "Endpoint", "Engine", "engine_errors", "find_endpoint"]
@@ -79,7 +80,19 @@ def find_endpoint(address: str | None = None) -> Endpoint:
 
     Raises:
         InvalidValueError: There is no such context, or the address is none.
+        UnsupportedError: It is reached by ssh.
     """
+    found = _find_endpoint(address)
+    if found.host.startswith("ssh://"):
+        # docker-py's way by ssh closes the connection before what was sent has arrived: secrets would be lost.
+        raise UnsupportedError(
+            f"{found.host} (by {found.named_by}): engines are not reached by ssh; forward the socket, as in "
+            "`ssh -nNT -L /tmp/engine.sock:/var/run/docker.sock USER@HOST`, and connect to docker:unix:///tmp/engine.sock"
+        )
+    return found
+
+
+def _find_endpoint(address: str | None) -> Endpoint:
     if address is not None and ("://" in address or address.startswith("/")):
         return _with_tls_of_environment(f"unix://{address}" if address.startswith("/") else address, "the address")
     if address is not None:
@@ -139,7 +152,6 @@ class Engine:
             version=version,
             tls=tls,
             timeout=timeout,
-            use_ssh_client=self.endpoint.host.startswith("ssh://"),
         )
         if client.verify is not True:
             # Or REQUESTS_CA_BUNDLE would go before the CA that the engine is checked by (psf/requests#3829).
@@ -182,23 +194,22 @@ class Engine:
         found = self.inspect_container(container)
         return found is not None and bool(found["State"]["Running"])
 
-    def wait_for_end(self, container: str, seconds: float) -> bool:
-        """Wait until a container does not run; return whether that came within the time. One that is gone does not."""
+    def wait_for_end(self, container: str, seconds: float) -> int | None:
+        """Wait until a container does not run; return its exit code, -1 where it is gone, None after that time."""
         import requests
 
         with self.errors():
             try:
                 timeout: Any = seconds  # as above
-                self.api.wait(container, timeout=timeout)
+                return int(self.api.wait(container, timeout=timeout)["StatusCode"])
             except NotFound:
-                pass
+                return -1
             except requests.exceptions.ReadTimeout:
-                return False
+                return None
             except requests.exceptions.ConnectionError as error:
                 if "Read timed out" not in str(error):
                     raise
-                return False
-            return True
+                return None
 
     def ask_to_stop(self, container: str) -> None:
         """Send SIGTERM to a container's first process; nothing where it does not run."""

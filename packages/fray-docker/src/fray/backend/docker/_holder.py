@@ -8,6 +8,7 @@ no other client has to notice.
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from types import TracebackType
@@ -22,6 +23,7 @@ from fray.types import TerminationReason
 __all__ = ["Holder"]
 
 _BEAT_SECONDS = 10.0
+_LONGEST_MESSAGE = 12_000
 # Messages that follow upon each other faster are left out.
 _MESSAGE_SECONDS = 0.2
 
@@ -60,7 +62,7 @@ class Holder:
         now = time.monotonic()
         if message != text and now - at >= _MESSAGE_SECONDS:
             self._said = (message, now)
-            self._send(encode_event("pending", time=self._now(), message=message))
+            self._send(encode_event("pending", time=self._now(), message=_cut(message)))
 
     def wait_until_known(self) -> None:
         """Return once what was said first is in the engine's log, from which all others know the job."""
@@ -74,7 +76,7 @@ class Holder:
 
     def end(self, reason: TerminationReason, message: str) -> None:
         """End the job; return when that is decided."""
-        self._send(encode_event("ended", time=self._now(), reason=str(reason), message=message))
+        self._send(encode_event("ended", time=self._now(), reason=str(reason), message=_cut(message)))
         self.is_over.wait()
 
     def release(self) -> bool:
@@ -119,3 +121,10 @@ class Holder:
                 self._send(RS + b"\n")
             except Exception:
                 return  # the connection is gone, which the one that listens finds out too
+
+
+def _cut(message: str) -> str:
+    """Leave out the middle of a long message: an event is one line of the engine's log. The output has all of it."""
+    while len(json.dumps(message)) > _LONGEST_MESSAGE:
+        message = f"{message[: len(message) // 3]} … {message[-len(message) // 3 :]}"
+    return message

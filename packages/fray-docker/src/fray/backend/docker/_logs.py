@@ -32,7 +32,7 @@ def read_output(engine: Engine, container: str, offset: int, follow: bool) -> It
 
     Raises:
         ConnectionFailedError: The engine went away; what was yielded counts.
-        ContainerGoneError: There is no such container.
+        ContainerGoneError: There is no such container, or not any more, and the log was not read to its end.
     """
     while True:
         is_running = follow and engine.is_running(container)
@@ -58,6 +58,8 @@ def read_events(engine: Engine, container: str) -> list[dict[str, Any]]:
             continue
         for number, event in reversed(list(enumerate(events))):
             attempts = event.get("attempts")
+            if attempts is None and event["event"] in ("pending", "released", "ended"):
+                return events[number:]  # of a holder, which has none
             if event["event"] == "supervised" or (attempts is not None and (not attempts or attempts[0][0] == 1)):
                 return events[number:]
     return events
@@ -89,21 +91,20 @@ def log_size(engine: Engine, container: str) -> int:
 
 def tail_offset(engine: Engine, container: str, lines: int) -> int:
     """Return where the last `lines` lines of output begin; no more than the last 64 MiB are looked at."""
-    size = log_size(engine, container)
     if lines == 0:
-        return size
-    frames: int | None = max(_FRAMES, 2 * lines)
+        return log_size(engine, container)
+    frames: int | None = max(_FRAMES, min(2 * lines, _FRAMES * _GROWTH))
     while True:
-        output = b"".join(item for item in _items(engine, container, frames) if isinstance(item, bytes))
-        end = len(output) - 1 if output.endswith(b"\n") else len(output)
-        at, found = end, 0
+        # Place and content by one reading: the log may be growing.
+        items = list(_items(engine, container, frames))
+        start, _ = (0, None) if frames is None else _locate(iter(items))
+        output = b"".join(item for item in items if isinstance(item, bytes))
+        at, found = len(output) - output.endswith(b"\n"), 0
         while found < lines and (at := output.rfind(b"\n", 0, at)) >= 0:
             found += 1
-        if found == lines:
-            return size - (len(output) - at - 1)
-        if frames is None or len(output) >= _TAIL_LIMIT_BYTES or len(output) >= size:
-            return size - len(output)
-        frames *= _GROWTH
+        if start is not None and (found == lines or start <= 0 or len(output) >= _TAIL_LIMIT_BYTES):
+            return max(0, start + (at + 1 if found == lines else 0))
+        frames = frames * _GROWTH if frames and start is not None else None
 
 
 def _from(engine: Engine, container: str, offset: int, follow: bool) -> Generator[Item]:
@@ -112,10 +113,10 @@ def _from(engine: Engine, container: str, offset: int, follow: bool) -> Generato
     while True:
         with closing(_items(engine, container, frames, follow)) as items:
             start, passed = (0, []) if frames is None else _locate(items)
-            if start is not None and start <= offset:
+            if start is not None and (start <= offset or frames is None):
                 yield from _beyond(offset - start, chain(passed, items))
                 return
-        frames = frames * _GROWTH if frames and start is not None else None
+        frames = frames * _GROWTH if frames and start else None
 
 
 def _locate(items: Iterator[Item]) -> tuple[int | None, list[Item]]:

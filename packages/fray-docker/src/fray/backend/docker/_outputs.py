@@ -20,7 +20,7 @@ __all__ = ["fetch_outputs"]
 def fetch_outputs(engine: Engine, container: str, outputs: str, destination: Path) -> list[Path]:
     """Copy a directory of a container below a destination, each file in place of what is there under its name.
 
-    Links are passed over: what they lead to is not here.
+    Symbolic links stay what they are.
 
     Raises:
         PlatformError: The destination cannot be written to.
@@ -40,7 +40,18 @@ def fetch_outputs(engine: Engine, container: str, outputs: str, destination: Pat
                 copy = destination / inside
                 try:
                     if member.isdir():
+                        if copy.is_symlink():
+                            copy.unlink()  # of an earlier fetch: what it leads to is not the job's
                         copy.mkdir(parents=True, exist_ok=True)
+                    elif member.issym():
+                        _link(member.linkname, copy)
+                        fetched.append(copy)
+                    elif member.islnk():
+                        # Another name of a file that came before.
+                        other = destination / PurePosixPath(*PurePosixPath(member.linkname).parts[1:])
+                        if other in fetched:
+                            shutil.copy2(other, copy)
+                            fetched.append(copy)
                     elif member.isreg():
                         _write(archive, member, copy)
                         fetched.append(copy)
@@ -65,6 +76,13 @@ def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, copy: Path) -> Non
         os.replace(temporary, copy)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _link(target: str, copy: Path) -> None:
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    temporary = copy.with_name(f".{secrets.token_hex(8)}.part")
+    temporary.symlink_to(target)
+    os.replace(temporary, copy)
 
 
 class _Stream:

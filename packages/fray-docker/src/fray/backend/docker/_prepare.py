@@ -11,7 +11,7 @@ import base64
 import json
 import os
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fray.backend.docker._attach import Attached
@@ -47,6 +47,7 @@ class Preparation:
         build: What is to be built, as `fray.backend.docker.images` froze it.
         platform: The image's platform, None for the engine's own.
         handover: What the runner of the command is sent; holds the secrets.
+        settings: What of the client's environment counts for uv in a build; may hold credentials.
     """
 
     endpoint: Endpoint
@@ -54,11 +55,12 @@ class Preparation:
     job_id: str
     holder: str
     not_before: float
-    native: dict[str, Any]
+    native: dict[str, Any] = field(repr=False)
     image: str | None
     build: dict[str, Any] | None
     platform: str | None
-    handover: bytes
+    handover: bytes = field(repr=False)
+    settings: dict[str, str] = field(repr=False)
 
     def encode(self) -> bytes:
         """Return it as it is sent."""
@@ -130,7 +132,8 @@ def _image(engine: Engine, preparation: Preparation, holder: Holder) -> tuple[st
     else:
         assert preparation.build is not None
         frozen = FrozenBuild.from_dict(preparation.build)
-        built = build_frozen(frozen, engine, holder.write, holder.say, cancel=holder.is_over)
+        settings, cancel = preparation.settings, holder.is_over
+        built = build_frozen(frozen, engine, holder.write, holder.say, settings=settings, cancel=cancel)
         name = built.tag
     found = engine.inspect_image(name)
     if found is None:

@@ -84,7 +84,7 @@ def _left_behind(engine: Engine, dry_run: bool) -> Iterator[Pruned]:
         container = Container.listed(found)
         if found["Created"] > time.time() - _LEFT_BEHIND_SECONDS or container.state == "running":
             continue
-        if SUBMISSION_LABEL in container.labels:
+        if container.labels.get(SUBMISSION_LABEL):
             is_left = read_job(engine, container) is None
         else:
             is_left = container.labels.get(JOB_LABEL) not in jobs

@@ -51,6 +51,7 @@ class Submission:
     Attributes:
         submitted_ns: When the client submitted it, by its clock.
         prepares: Whether the job has a holder, and the command a container of its own.
+        hands_over: Whether the job counts only once its runner has what it is sent, the secrets.
     """
 
     submitted_ns: int
@@ -59,6 +60,7 @@ class Submission:
     fingerprint: str
     metadata: dict[str, str] = field(default_factory=dict)
     prepares: bool = False
+    hands_over: bool = False
 
     @property
     def submission_time(self) -> float:
@@ -153,6 +155,8 @@ def read_job(engine: Engine, container: Container, command: Container | None = N
         return KnownJob(info, submission, container.id, command, log, is_supervised)
 
     if not submission.prepares:
+        if submission.hands_over and not container.is_over and not any(_is_begun(event) for event in events):
+            return None
         return known(_outcome(engine, container, events), container.id, container.id, bool(events))
     if not events and not container.is_over:
         return None
@@ -163,10 +167,17 @@ def read_job(engine: Engine, container: Container, command: Container | None = N
     if command is None:
         inspected = engine.inspect_container(command_name(job_id))
         command = Container.inspected(inspected) if inspected else None
+    if command is None and engine.inspect_container(container.id) is None:
+        return None  # purged between the looks
     if command is None:
         return known(_lost(submission.submission_time, LOST_WITH_ITS_CONTAINER), None, None, False)
     events = _events(engine, command) or []
     return known(_outcome(engine, command, events), command.id, command.id, bool(events))
+
+
+def _is_begun(event: dict[str, Any]) -> bool:
+    """Whether an event comes after the handover."""
+    return str(event["event"]) != "supervised"
 
 
 def job_containers(engine: Engine) -> list[tuple[Container, Container | None]]:
@@ -174,11 +185,14 @@ def job_containers(engine: Engine) -> list[tuple[Container, Container | None]]:
     with engine.errors():
         listed = engine.api.containers(all=True, filters={"label": JOB_LABEL})
     standing, running = [], {}
-    for container in map(Container.listed, listed):
-        if SUBMISSION_LABEL in container.labels:
+    for found in listed:
+        container = Container.listed(found)
+        job_id = container.labels[JOB_LABEL]
+        # By their names too: what is made from an image of a job's container inherits its labels.
+        if f"/{job_name(job_id)}" in found["Names"]:
             standing.append(container)
-        else:
-            running[container.labels[JOB_LABEL]] = container
+        elif f"/{command_name(job_id)}" in found["Names"]:
+            running[job_id] = container
     standing.sort(key=_submitted_ns, reverse=True)
     return [(container, running.get(container.labels[JOB_LABEL])) for container in standing]
 

@@ -130,13 +130,17 @@ def _make_way(engine: Engine, name: str) -> None:
         f"job {container.labels.get(JOB_LABEL, name)} exists in the engine at {engine.endpoint.host}: choose another "
         "job_id, or adopt it"
     )
-    if container.labels.get(JOB_LABEL) is None:
-        raise JobExistsError(f"a container that is none of Fray's has the name {name}: remove it, or choose another id")
+    _check_is_frays(container, name)
     if not container.is_over and not _is_stale(engine, container):
         raise taken
     if read_job(engine, container) is not None:
         raise taken
     remove_container(engine, container.id)
+
+
+def _check_is_frays(container: Container, name: str) -> None:
+    if container.labels.get(JOB_LABEL) is None:
+        raise JobExistsError(f"a container that is none of Fray's has the name {name}: remove it, or choose another id")
 
 
 def wait_until_taken_over(engine: Engine, job_id: str) -> None:
@@ -150,6 +154,7 @@ def wait_until_taken_over(engine: Engine, job_id: str) -> None:
         if found is None:
             raise JobNotFoundError(f"there is no job {job_id} in the engine at {engine.endpoint.host}")
         container = Container.inspected(found)
+        _check_is_frays(container, job_name(job_id))
         if read_job(engine, container) is not None:
             return
         if container.is_over or _is_stale(engine, container):
@@ -167,4 +172,5 @@ def _is_stale(engine: Engine, container: Container) -> bool:
 
 
 def _seconds(at: str) -> float:
-    return datetime.fromisoformat(at[:19] + "+00:00").timestamp()
+    """Seconds since the epoch of the engine's RFC 3339, in whatever zone, without the fraction."""
+    return datetime.fromisoformat(re.sub(r"\.\d+", "", at)).timestamp()

@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 from fray.backend.docker._attach import Attached
 from fray.backend.docker._containers import (
+    HANDOVER_SECONDS,
     command_container,
     holder_container,
     infeasible,
@@ -20,6 +21,7 @@ from fray.backend.docker._containers import (
 )
 from fray.backend.docker._engine import Engine
 from fray.backend.docker._holder import Holder
+from fray.backend.docker._logs import read_events
 from fray.backend.docker._options import ContainerOptions
 from fray.backend.docker._prepare import READY, Preparation
 from fray.backend.docker._record import Submission, job_name
@@ -87,6 +89,7 @@ def make_plan(
     asked = [*env.minimum_resources, *env.maximum_resources]
     if asked:
         _check_limits(engine, {each.name for each in asked if each.quantity})
+    _check_network(engine, options.network)
     build: ImagePlan | None = image.builder.plan() if image.builder else None
     name = build.tag if build else image.name
     present = None
@@ -105,11 +108,17 @@ def make_plan(
 
     def submission(prepares: bool) -> Submission:
         return Submission(
-            submitted_ns, request.entrypoint, current_owner(), request.fingerprint, request.metadata, prepares
+            submitted_ns,
+            request.entrypoint,
+            current_owner(),
+            request.fingerprint,
+            request.metadata,
+            prepares,
+            hands_over=bool(env.secrets) and not prepares,
         )
 
     def native(of: Submission) -> dict[str, Any]:
-        return command_container(request, of, options, toolbox, name)
+        return command_container(request, of, options, toolbox, name, engine.info.get("NCPU") if asked else None)
 
     container = native(submission(present is None))
     shown = {
@@ -164,8 +173,22 @@ def _submit_at_once(request: JobRequest, details: _Details, engine: Engine) -> N
         with Attached(engine, container) as stdin:
             start_container(engine, container)
             stdin.send(encode_handover(request.env.secrets))
-            done()
             stdin.finish()
+        _wait_until_begun(engine, container, request.job_id)
+        done()
+
+
+def _wait_until_begun(engine: Engine, container: str, job_id: str) -> None:
+    """Return once the runner has what it was sent, and so the job counts."""
+    give_up, pause = time.monotonic() + HANDOVER_SECONDS, 0.001
+    while True:
+        events = read_events(engine, container)
+        if any(event.get("abandoned") for event in events) or time.monotonic() > give_up:
+            raise SubmissionError(f"job {job_id} did not get its secrets: the connection to its container was lost")
+        if any(event["event"] != "supervised" for event in events):
+            return
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.1)
 
 
 def _submit_infeasible(job_id: str, details: _Details, message: str, engine: Engine, toolbox: Toolbox) -> None:
@@ -197,9 +220,16 @@ def _submit_prepared(request: JobRequest, details: _Details, engine: Engine, too
                 build=build,
                 platform=details.image.platform,
                 handover=encode_handover(request.env.secrets),
+                settings=_settings() if builder else {},
             )
             _start_preparing(preparation, context, request)
             done()
+
+
+def _settings() -> dict[str, str]:
+    from fray.backend.docker.images import index_settings
+
+    return index_settings()
 
 
 def _start_preparing(preparation: Preparation, context: IO[bytes], request: JobRequest) -> None:
@@ -237,6 +267,17 @@ def _create_holder(job_id: str, submission: Submission, engine: Engine, toolbox:
             return create_container(engine, job_name(job_id), native)
         except ImageGoneError:
             continue  # pruned in between
+
+
+def _check_network(engine: Engine, network: str | None) -> None:
+    if network is None or network in ("bridge", "default", "host", "none") or network.startswith("container:"):
+        return
+    with engine.errors():
+        known = [each["Name"] for each in engine.api.networks(names=[network])]
+    if network not in known:
+        raise InvalidValueError(
+            f"network: the engine at {engine.endpoint.host} has no {network!r} (`docker network ls` shows them)"
+        )
 
 
 def _check_limits(engine: Engine, kinds: set[str]) -> None:

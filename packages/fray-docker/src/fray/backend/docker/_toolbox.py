@@ -50,7 +50,7 @@ class Toolbox:
         }
 
     def ensure_volume(self) -> None:
-        """Have the volume there, by a look at its name alone: what if it is empty, `fill_volume` mends."""
+        """Have the volume there, by a look at its name alone: that its runner is missing shows when a job starts."""
         if self._has_volume:
             return
         with self._engine.errors():
@@ -60,7 +60,7 @@ class Toolbox:
         self._has_volume = True
 
     def fill_volume(self) -> None:
-        """Fill the volume, unless another client did: a new one gets what its first container's image has there."""
+        """Fill the volume, whatever is in it; others may do the same at once, and containers may be running on it."""
         self.ensure_image()
         api = self._engine.api
         with self._engine.errors():
@@ -74,6 +74,8 @@ class Toolbox:
                     "HostConfig": {"Mounts": [mount], "NetworkMode": "none"},
                 }
             )
+            # An empty volume gets what the image has there; what a fill left behind that was cut off, only this mends.
+            api.put_archive(filler["Id"], "/", self._content)
             api.remove_container(filler["Id"])
 
     def ensure_image(self) -> None:

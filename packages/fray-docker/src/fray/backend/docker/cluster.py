@@ -8,10 +8,10 @@ in the engine that stands for it meanwhile (`_holder`). In both the command runs
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,14 +33,15 @@ _READERS = 8
 # The runner has its handlers, and a relay has decided, within milliseconds.
 _SETTLE_SECONDS = 30.0
 _LONGEST_WAIT_SECONDS = 60.0
+_KILLED = 137
 
 
 class DockerClusterContext(ClusterContext):
     """Jobs as containers of a docker engine.
 
     Args:
-        address: The engine, as in `DOCKER_HOST` (`unix:///run/docker.sock`, `tcp://host:2376`, `ssh://user@host`), or
-            the name of a docker context; where None, as the docker command finds it.
+        address: The engine, as in `DOCKER_HOST` (`unix:///run/docker.sock`, `tcp://host:2376`), or the name of a
+            docker context; where None, as the docker command finds it.
         grace_seconds: How long a job that is stopped has between SIGTERM and SIGKILL.
         base_image: What images are built on; `python:3.X-slim` of this interpreter's version where None.
         dockerfile: The project's own Dockerfile, below the working directory, in place of a generated one.
@@ -101,6 +102,16 @@ class DockerClusterContext(ClusterContext):
             raise InvalidValueError(f"pull is 'missing', 'always' or 'never', not {pull!r}")
         if build_args is not None and not isinstance(build_args, Mapping):
             raise InvalidTypeError(f"build_args must map names to values, got {type(build_args).__name__}")
+        if builder not in ("auto", "buildkit", "classic"):
+            raise InvalidValueError(f"builder is 'auto', 'buildkit' or 'classic', not {builder!r}")
+        if platform is not None and not re.fullmatch(r"linux/\w+(/\w+)?", platform):
+            raise InvalidValueError(f"platform is such as linux/amd64 or linux/arm64, not {platform!r}")
+        if dockerfile is None and (target or build_args):
+            raise InvalidValueError("target and build_args are for a Dockerfile of your own: give dockerfile too")
+        if dockerfile is not None and (base_image or ca_bundle):
+            raise InvalidValueError("base_image and ca_bundle do not go with a Dockerfile of your own: say it there")
+        if ca_bundle is not None and ca_bundle != "system" and not os.path.isfile(ca_bundle):
+            raise InvalidValueError(f"ca_bundle: there is no file {os.fspath(ca_bundle)!r}")
         self._options = ContainerOptions(
             read_mounts(mounts),
             network,
@@ -123,9 +134,8 @@ class DockerClusterContext(ClusterContext):
         }
         self._repository = repository
         self._engine = Engine(find_endpoint(address), check_seconds("request_timeout_seconds", request_timeout_seconds))
-        # What ends is final: it is read once. What is being waited for is known as it stood.
+        # What ends is final: it is read once.
         self._ended: dict[str, KnownJob] = {}
-        self._awaited: dict[str, JobInfo] = {}
         self._toolbox = Toolbox(self._engine)
         self._address = address
 
@@ -170,7 +180,7 @@ class DockerClusterContext(ClusterContext):
         submit(plan, self._engine, self._toolbox)
 
     def _get(self, job_id: str) -> JobInfo:
-        return self._noted(self._known(job_id).info)
+        return self._known(job_id).info
 
     def _fingerprint(self, job_id: str) -> str:
         from fray.backend.docker._start import wait_until_taken_over
@@ -197,18 +207,22 @@ class DockerClusterContext(ClusterContext):
         from fray.backend.docker._record import LOST_WITH_ITS_CONTAINER
         from fray.supervision import lost
 
+        last: JobInfo | None = None
+        code: int | None = None
         while True:
             try:
                 known = self._known(job_id)
             except JobNotFoundError:
-                if last := self._awaited.pop(job_id, None):
+                # Killed with its container; one that had ended by itself was purged by somebody.
+                if last is not None and code == _KILLED:
                     return lost(last, LOST_WITH_ITS_CONTAINER)
                 raise
             left = _LONGEST_WAIT_SECONDS if deadline is None else deadline - time.monotonic()
             if known.info.status.is_terminal or left <= 0:
-                return self._noted(known.info)
-            self._noted(known.info)
-            if self._engine.wait_for_end(known.command or known.container, min(left, _LONGEST_WAIT_SECONDS)):
+                return known.info
+            last = known.info
+            code = self._engine.wait_for_end(known.command or known.container, min(left, _LONGEST_WAIT_SECONDS))
+            if code is not None:
                 # It has ended, or has not begun: the next look tells.
                 time.sleep(0.002)
 
@@ -219,14 +233,12 @@ class DockerClusterContext(ClusterContext):
         known = self._known(job_id)
         while follow and known.log is None and not known.info.status.is_terminal:
             self._engine.wait_for_end(known.container, _LONGEST_WAIT_SECONDS)
-            try:
-                known = self._known(job_id)
-            except JobNotFoundError:
-                return  # removed meanwhile, which `wait` tells
+            known = self._known(job_id)
         if known.log is not None:
-            # A log that is followed ends with its container; that the job is lost is for `wait` to tell.
-            with suppress(ContainerGoneError):
+            try:
                 yield from read_output(self._engine, known.log, offset, follow)
+            except ContainerGoneError:
+                raise JobNotFoundError(f"job {job_id} was removed while its log was being read") from None
 
     def _log_size(self, job_id: str) -> int:
         from fray.backend.docker._logs import log_size
@@ -263,15 +275,23 @@ class DockerClusterContext(ClusterContext):
             time.sleep(0.005)
 
     def _purge(self, job_id: str) -> None:
-        from fray.backend.docker._record import command_name
+        from fray.backend.docker._record import JOB_LABEL, command_name
         from fray.backend.docker._start import remove_container
 
-        known = self._known(job_id)
-        # In this order: what is left without the first is nobody's job.
-        remove_container(self._engine, known.container)
-        if known.submission.prepares:
-            remove_container(self._engine, command_name(job_id))
-        self._ended.pop(known.container, None)
+        command = self._engine.inspect_container(command_name(job_id))
+        is_own = command is not None and (command["Config"].get("Labels") or {}).get(JOB_LABEL) == job_id
+        try:
+            known = self._known(job_id)
+        except JobNotFoundError:
+            # An earlier call may have been cut off between the two.
+            if not (command and is_own):
+                raise
+        else:
+            # In this order: what is left without the first is nobody's job.
+            remove_container(self._engine, known.container)
+            self._ended.pop(known.container, None)
+        if command and is_own:
+            remove_container(self._engine, command["Id"])
 
     def _fetch_outputs(self, job_id: str, destination: Path) -> list[Path]:
         from fray.backend.docker._logs import read_start
@@ -284,13 +304,6 @@ class DockerClusterContext(ClusterContext):
         return fetch_outputs(self._engine, container, started["outputs"], destination)
 
     # Behind it
-
-    def _noted(self, info: JobInfo) -> JobInfo:
-        if info.status.is_terminal:
-            self._awaited.pop(info.id, None)
-        else:
-            self._awaited[info.id] = info
-        return info
 
     def _known(self, job_id: str) -> KnownJob:
         from fray.backend.docker._record import JOB_LABEL, Container, job_name
@@ -327,6 +340,7 @@ class DockerClusterContext(ClusterContext):
             repository=self._repository,
             keep_user=on_given,
             asks_registry=False,  # the base is pulled in the job's PENDING time
+            pull=self._pull,
             **({} if on_given else self._image_options),
             **self._builder_options,
         )

@@ -61,6 +61,8 @@ _SETTINGS = frozenset(
 _WITHOUT_EFFECT = frozenset({"UV_HTTP_TIMEOUT", "UV_HTTP_RETRIES", "UV_CONCURRENT_DOWNLOADS", "UV_INSECURE_HOST"})
 _LISTS_OF_PLACES = frozenset({"UV_DEFAULT_INDEX", "UV_EXTRA_INDEX_URL", "UV_FIND_LINKS", "UV_INDEX", "UV_INDEX_URL"})
 _CREDENTIAL_NAME = re.compile(r"UV_INDEX_.*_(USERNAME|PASSWORD)$|_TOKEN$")
+# What surely holds no token, in its path or elsewhere.
+_PLAIN_INDEX = re.compile(r"https?://[^/@?#\s]+(/(pypi/)?simple)?/?")
 _BUNDLES = (
     "/etc/ssl/certs/ca-certificates.crt",
     "/etc/pki/tls/certs/ca-bundle.crt",
@@ -133,6 +135,7 @@ class FrozenBuild:
         project: For the label.
         repository: The name without its tag.
         ingredients: What the tag stands for, where the base has to be pulled before the tag is known; else empty.
+        pulls: Whether the base is pulled though the engine has one of that name.
         context_path: The archive of what will be sent; None where the caller keeps it elsewhere.
     """
 
@@ -151,6 +154,7 @@ class FrozenBuild:
     project: str
     repository: str
     ingredients: Mapping[str, Any]
+    pulls: bool = False
     context_path: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -198,6 +202,7 @@ class ImageBuilder:
         builder: `auto` is BuildKit where a docker command has it, else the engine's classic builder.
         asks_registry: Whether planning asks the registry about a base that the engine does not have. Otherwise such a
             build gets its name once it has pulled the base.
+        pull: When a base is pulled: where the engine lacks it, always, or never.
 
     Raises:
         InvalidTypeError: An argument is of the wrong type.
@@ -225,6 +230,7 @@ class ImageBuilder:
         upload_limit_bytes: int = 2 * 1024**3,
         builder: BuilderName = "auto",
         asks_registry: bool = True,
+        pull: Literal["missing", "always", "never"] = "missing",
     ) -> None:
         checked = RuntimeEnv(
             package_requirements=list(package_requirements), extras=list(extras), excludes=list(excludes)
@@ -245,6 +251,7 @@ class ImageBuilder:
         self._limit_bytes = upload_limit_bytes
         self._builder: BuilderName = builder
         self._asks_registry = asks_registry
+        self._pull = pull
         self._planned: _Inputs | None = None
         self._project = _sanitised(self._directory.name if self._directory is not None else "image")
         self._repository = repository or f"fray/{self._project}"
@@ -482,7 +489,10 @@ class ImageBuilder:
         if self._dockerfile is not None:
             dockerfile = self._dockerfile_path.read_text()
             names, base_name = find_base_images(dockerfile, self._build_args, self._target)
-            bases = {name: _find_base(self.engine, name, self._platform, must_exist=False) for name in names}
+            bases = {
+                name: _find_base(self.engine, name, self._platform, must_exist=False, asks_registry=self._asks_registry)
+                for name in names
+            }
             base = bases.get(base_name) or _Base(base_name, "", base_name, _platform_of_engine(self.engine), None)
             ingredients |= {
                 "dockerfile": dockerfile,
@@ -492,9 +502,7 @@ class ImageBuilder:
                 "secrets": sorted(self._build_secrets),
             }
         else:
-            base = _find_base(
-                self.engine, self._base_image, self._platform, must_exist=True, asks_registry=self._asks_registry
-            )
+            base = self._find_base()
             ingredients["base"] = base.digest
             if self._ca_bundle is not None:
                 files["ca.pem"] = _read_bundle(self._ca_bundle)
@@ -516,6 +524,14 @@ class ImageBuilder:
         ingredients["platform"] = base.platform
         tag = _tag(self._repository, ingredients)
         return _Inputs(tag, ingredients, base, source, files, dockerfile, settings)
+
+    def _find_base(self) -> _Base:
+        name, platform = self._base_image, self._platform
+        if self._pull == "always":
+            return _Base(name, "", name, platform or _platform_of_engine(self.engine), None)
+        if self._pull == "never" and self.engine.inspect_image(name) is None:
+            raise InvalidValueError(f"the engine has no base image {name!r}, and pull is 'never': pull it")
+        return _find_base(self.engine, name, platform, must_exist=True, asks_registry=self._asks_registry)
 
     def _freeze(self, inputs: _Inputs) -> FrozenBuild:
         recipe, name = None, "Dockerfile"
@@ -539,6 +555,7 @@ class ImageBuilder:
             project=self._project,
             repository=self._repository,
             ingredients={} if inputs.base.digest else inputs.ingredients,
+            pulls=self._pull == "always",
         )
 
     def _own_dockerfile_name(self, inputs: _Inputs) -> str:
@@ -740,7 +757,7 @@ def _with_its_base(frozen: FrozenBuild, engine: Engine, on_progress: Callable[[s
     if frozen.recipe is None or frozen.base_pin:
         return frozen
     platform = frozen.platform if frozen.needs_platform else None
-    if engine.inspect_image(frozen.base) is None:
+    if frozen.pulls or engine.inspect_image(frozen.base) is None:
         _registry.pull(engine, frozen.base, platform, on_progress)
     base = _find_base(engine, frozen.base, platform, must_exist=True)
     tag = _tag(frozen.repository, {**frozen.ingredients, "base": base.digest, "platform": base.platform})
@@ -759,7 +776,8 @@ def _find_base(
             digests: list[str] = sorted(found.get("RepoDigests") or [])
             mine = [each for each in digests if each.partition("@")[0] == repository] or digests
             if mine:
-                return _Base(name, mine[0].partition("@")[2], mine[0], platform or own, found.get("Config") or {})
+                # By its name all the same: some engines give digests to images that no registry has.
+                return _Base(name, mine[0].partition("@")[2], name, platform or own, found.get("Config") or {})
             tags: list[str] = found.get("RepoTags") or []
             is_id = name.removeprefix("sha256:") in found["Id"]
             from_name = tags[0] if is_id and tags else name
@@ -877,8 +895,9 @@ def _check_builder(command: BuildKitCommand | None, has_secrets: bool, settings:
     if has_secrets:
         raise UnsupportedError(_NO_SECRETS)
     for name, value in sorted(settings.items()):
-        if _CREDENTIAL_NAME.search(name) or re.search(r"://[^/\s]*@", value):
-            raise UnsupportedError(f"{name} holds credentials for an index: {_NO_SECRETS}")
+        places = re.findall(r"\w+://\S+", value) if name in _LISTS_OF_PLACES else []
+        if _CREDENTIAL_NAME.search(name) or not all(map(_PLAIN_INDEX.fullmatch, places)):
+            raise UnsupportedError(f"{name} holds, or may hold, credentials for an index: {_NO_SECRETS}")
 
 
 def _settings_digest(settings: Mapping[str, str]) -> str:
@@ -940,7 +959,9 @@ def _read_bundle(bundle: str) -> bytes:
 def _reference(tag: str, found: Mapping[str, Any]) -> ImageRef:
     repository = parse_repository_tag(tag)[0]
     mine = [each for each in found.get("RepoDigests") or [] if each.partition("@")[0] == repository]
-    return ImageRef(tag, str(found["Id"]), mine[0] if mine else None)
+    # Some engines give digests to images that were never pushed: one counts where the name has a registry.
+    has_registry = bool(re.match(r"localhost/|[^/]*[.:][^/]*/", repository))
+    return ImageRef(tag, str(found["Id"]), mine[0] if mine and has_registry else None)
 
 
 def _dialect(builder: str) -> Literal["buildkit", "classic"]:
