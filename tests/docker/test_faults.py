@@ -439,8 +439,9 @@ def test_lines_that_the_engine_would_cut_come_back_whole(harness: DockerHarness)
 def test_a_root_process_that_the_images_user_left_ends_with_its_job(harness: DockerHarness) -> None:
     image = "fray-test-setuid:1"
     dockerfile = (
-        f"FROM {harness.base_image}\nRUN cp $(readlink -f /usr/bin/python3) /usr/bin/rooted && chmod u+s /usr/bin/rooted"
-        "\nUSER 65534:65534\n"
+        f"FROM {harness.base_image}\n"
+        "RUN cp $(readlink -f /usr/bin/python3) /usr/bin/rooted && chmod u+s /usr/bin/rooted\n"
+        "USER 65534:65534\n"
     )
     subprocess.run(
         ["docker", "build", "-q", "-t", image, "-"],

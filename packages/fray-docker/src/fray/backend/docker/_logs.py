@@ -20,6 +20,7 @@ __all__ = ["log_size", "read_events", "read_output", "read_start", "tail_offset"
 # More than what the runner writes between two events.
 _FRAMES = 2048
 _GROWTH = 8
+_ALL_FRAMES = 2**31 - 1
 _TAIL_LIMIT_BYTES = 64 * 1024 * 1024
 # A followed log that is silent for so long is asked for anew: the engine may have gone without a word.
 _SILENCE_SECONDS = 60.0
@@ -156,7 +157,10 @@ def _raw(engine: Engine, container: str, frames: int | None, follow: bool) -> It
     import urllib3
 
     api = engine.api
-    params = {"stdout": 1, "stderr": 1, "follow": int(follow), "tail": "all" if frames is None else frames}
+    # Without `follow` all lines are asked for by a number: then the engine stops where the log ends now. "all" goes on
+    # as long as the job writes faster than this reads.
+    everything = "all" if follow else _ALL_FRAMES
+    params = {"stdout": 1, "stderr": 1, "follow": int(follow), "tail": everything if frames is None else frames}
     url = f"{api.base_url}/v{api.api_version}/containers/{container}/logs"
     with engine.errors():
         response = api.get(url, params=params, stream=True, timeout=(engine.timeout_seconds, _SILENCE_SECONDS))
