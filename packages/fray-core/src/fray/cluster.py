@@ -266,7 +266,12 @@ class ClusterContext(ABC):
         check_job_id(job_id)
         if tail is not None:
             check_count("tail", tail)
-        return self.read_logs(job_id, self._tail_offset(job_id, tail)).decode(errors="replace")
+        output = self.read_logs(job_id, self._tail_offset(job_id, tail))
+        if tail is not None:  # it may have grown since its end was looked for
+            lines = output.removesuffix(b"\n").split(b"\n")
+            if len(lines) > tail:
+                output = output[sum(len(line) + 1 for line in lines[: len(lines) - tail]) :]
+        return output.decode(errors="replace")
 
     def stream_logs(self, job_id: str, *, tail: int | None = None, follow: bool = True) -> Iterator[str]:
         """Iterate over the lines of the job's output, without their newlines, as they come.
