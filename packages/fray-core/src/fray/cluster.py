@@ -33,10 +33,9 @@ from fray.request import (
     check_capabilities,
     check_count,
     check_job_id,
-    check_seconds,
     make_request,
 )
-from fray.types import JobInfo, JobStatus, RuntimeEnv, TpuRunConfig
+from fray.types import JobInfo, JobStatus, RuntimeEnv, TpuRunConfig, check_seconds
 
 __all__ = ["Capabilities", "ClusterContext", "JobPlan", "JobRequest"]
 

@@ -13,6 +13,7 @@ FrayError
 │   ├── JobNotFinishedError         purge of a running job
 │   └── UnsupportedError (NotImplementedError)
 ├── JobFailedError                  the job's: read its logs
+├── HostFailedError                 the function's that run_on_tpu ran: it crashed or hung
 ├── WaitTimeoutError (TimeoutError) nobody's: the caller stopped waiting, the job goes on
 └── PlatformError                   the engine's: retry, or mend the engine
     ├── ConnectionFailedError (ConnectionError)
@@ -48,6 +49,7 @@ __all__ = [
     "InvalidTypeError",
     "InvalidValueError",
     "JobExistsError",
+    "HostFailedError",
     "JobFailedError",
     "JobNotFinishedError",
     "JobNotFoundError",
@@ -125,6 +127,10 @@ class JobFailedError(FrayError):
 
     def __reduce__(self) -> tuple[type[JobFailedError], tuple[JobInfo]]:
         return (type(self), (self.info,))
+
+
+class HostFailedError(FrayError):
+    """A host's process died or hung under `run_on_tpu`, without an exception of the function's own."""
 
 
 class WaitTimeoutError(FrayError, TimeoutError):

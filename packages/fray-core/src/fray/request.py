@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fray.errors import InvalidTypeError, InvalidValueError, UnsupportedError
-from fray.types import RuntimeEnv, check_text
+from fray.types import RuntimeEnv, check_seconds, check_text
 
 __all__ = [
     "Capabilities",
@@ -25,7 +25,6 @@ __all__ = [
     "check_capabilities",
     "check_count",
     "check_job_id",
-    "check_seconds",
     "current_owner",
     "make_request",
 ]
@@ -208,17 +207,6 @@ def check_job_id(job_id: object) -> str:
             f"{job_id!r} is no job id: 1 to 63 of the characters A-Z a-z 0-9 _ -, the first a letter or a digit"
         )
     return job_id
-
-
-def check_seconds(what: str, value: object) -> float:
-    """Return a number of seconds, or refuse what is none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InvalidTypeError(f"{what} must be a number of seconds, got {type(value).__name__}: {value!r}")
-    if value != value or value in (float("inf"), float("-inf")):
-        raise InvalidValueError(f"{what} must be finite, got {value}; None means without limit")
-    if value < 0:
-        raise InvalidValueError(f"{what} cannot be negative: {value}")
-    return value
 
 
 def check_count(what: str, value: object) -> int:

@@ -337,18 +337,26 @@ class TpuRunConfig:
         num_slices: How many slices of it.
         max_retries_preemption: How many times a preemption is made good.
         max_retries_failure: How many times a failure of the function is.
+        wait_seconds: How long all slices may take to come, each time that they are gathered.
+        stall_seconds: After so long without a new step (`ctx.report_step`) the function is taken to hang, which is a
+            failure; None trusts it.
     """
 
     tpu_type: str
     num_slices: int = 1
     max_retries_preemption: int = 10000
     max_retries_failure: int = 10
+    wait_seconds: float = field(default=24 * 3600.0, kw_only=True)
+    stall_seconds: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         _check_string("tpu_type", self.tpu_type)
         _check_count("num_slices", self.num_slices, least=1)
         _check_count("max_retries_preemption", self.max_retries_preemption, least=0)
         _check_count("max_retries_failure", self.max_retries_failure, least=0)
+        check_seconds("wait_seconds", self.wait_seconds)
+        if self.stall_seconds is not None:
+            check_seconds("stall_seconds", self.stall_seconds)
 
 
 class ObjectRef:
@@ -366,6 +374,17 @@ class ActorRef:
 def mask_sensitive(env: Mapping[str, str]) -> dict[str, str]:
     """Return `env` with the values masked whose names say that they are not to be shown."""
     return {name: MASK if _SENSITIVE_NAME.search(name) else value for name, value in env.items()}
+
+
+def check_seconds(what: str, value: object) -> float:
+    """Return a number of seconds, or refuse what is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidTypeError(f"{what} must be a number of seconds, got {type(value).__name__}: {value!r}")
+    if value != value or value in (float("inf"), float("-inf")):
+        raise InvalidValueError(f"{what} must be finite, got {value}; None means without limit")
+    if value < 0:
+        raise InvalidValueError(f"{what} cannot be negative: {value}")
+    return value
 
 
 def check_text(what: str, value: str) -> None:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from fray.backend.docker._options import ContainerOptions, Mount, read_mounts
 from fray.cluster import Capabilities, ClusterContext, JobPlan, JobRequest
 from fray.errors import InvalidTypeError, InvalidValueError, JobNotFoundError, UnsupportedError
-from fray.request import check_count, check_seconds
-from fray.types import JobInfo, JobStatus
+from fray.request import check_count
+from fray.types import JobInfo, JobStatus, check_seconds
 
 if TYPE_CHECKING:
     from fray.backend.docker._record import Container, KnownJob

@@ -25,8 +25,8 @@ from fray.backend.local._watch import sleep_until_gone
 from fray.cluster import Capabilities, ClusterContext, JobPlan, JobRequest
 from fray.detached import reap_launchers
 from fray.errors import InvalidValueError, PlatformError, UnsupportedError
-from fray.request import check_seconds, current_owner
-from fray.types import JobInfo, JobStatus, RuntimeEnv, TpuRunConfig
+from fray.request import current_owner
+from fray.types import JobInfo, JobStatus, RuntimeEnv, TpuRunConfig, check_seconds
 
 __all__ = ["SubprocessClusterContext"]
 

@@ -10,6 +10,8 @@
 - The names of the supervisor actor and its namespace, for stopping a job that waits. Without them it stops when Ray
   starts it.
 - What Ray's monitor of a job writes when the job's record is gone.
+- What each node has free (`ray._private.state`), by which `run_on_tpu` sees which slices can be had. Without it all
+  look free, and taking them fails until they are.
 
 `_rest` has the paths, and replaces the one method of Ray's client by which it reaches the network.
 
@@ -32,7 +34,9 @@ __all__ = [
     "PlainKv",
     "RayKv",
     "TESTED",
+    "available_resources",
     "connect_kv",
+    "current_session",
     "drop_pending_program",
     "is_tested",
     "job_key",
@@ -120,6 +124,22 @@ def drop_pending_program(job_id: str, secrets: str | None) -> str:
         names=[package_key(secrets)] if secrets else [],
         supervisor=supervisor_name(job_id),
     )
+
+
+def available_resources() -> dict[str, dict[str, float]]:
+    """Return what each node of the cluster that this process is connected to has free: node id → resources."""
+    from ray._private.state import available_resources_per_node
+
+    found: dict[str, dict[str, float]] = available_resources_per_node()
+    return found
+
+
+def current_session() -> str | None:
+    """Return the name of the session of the cluster that this process is connected to, as its dashboard gives it."""
+    from ray._private.worker import global_worker
+
+    node = global_worker.node
+    return str(node.session_name) if node is not None else None
 
 
 def connect_kv(address: str, *, plain: bool) -> PlainKv | RayKv:

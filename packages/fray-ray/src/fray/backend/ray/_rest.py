@@ -43,6 +43,11 @@ class HttpError(PlatformError):
 class RayRest:
     """Requests to one cluster.
 
+    Attributes:
+        address: Its dashboard.
+        ray_version: Its version of Ray.
+        session: The name of this life of it.
+
     Args:
         address: `http://…` or `https://…`.
         headers: Asked for the headers of each request anew.
@@ -64,11 +69,11 @@ class RayRest:
         self._client = _Client(address, headers, dict(cookies or {}), verify, timeout_seconds)
         version = self._json("GET", "/api/version")
         self.ray_version = str(version["ray_version"])
-        self._session = version.get("session_name")
+        self.session = version.get("session_name")
 
     def has_restarted(self) -> bool:
         """Say whether this is another life of the cluster than the one that was connected to."""
-        return bool(self._json("GET", "/api/version").get("session_name") != self._session)
+        return bool(self._json("GET", "/api/version").get("session_name") != self.session)
 
     # Jobs
 
@@ -161,9 +166,11 @@ class RayRest:
         """Return what the cluster has: resource → [used, total] of all nodes, and each node's own total."""
         status = self._json("GET", "/api/cluster_status")["data"]["clusterStatus"]
         usage = status["loadMetricsReport"]["usage"]
-        nodes = self._json("GET", "/api/v0/nodes", params={"limit": "10000", "detail": "true"})
-        alive = [node for node in nodes["data"]["result"]["result"] if node["state"] == "ALIVE"]
-        return usage, [node.get("resources_total") or {} for node in alive]
+        return usage, [node.get("resources_total") or {} for node in self._nodes()]
+
+    def node_labels(self) -> list[dict[str, str]]:
+        """Return the labels of each node that is alive."""
+        return [node.get("labels") or {} for node in self._nodes()]
 
     def has_node(self, node_id: str) -> bool:
         """Say whether a node is alive."""
@@ -182,6 +189,10 @@ class RayRest:
         self._client.session.close()
 
     # Behind it
+
+    def _nodes(self) -> list[dict[str, Any]]:
+        nodes = self._json("GET", "/api/v0/nodes", params={"limit": "10000", "detail": "true"})
+        return [node for node in nodes["data"]["result"]["result"] if node["state"] == "ALIVE"]
 
     def _json(self, method: str, path: str, **options: Any) -> Any:
         with self._errors():

@@ -6,11 +6,12 @@ and all that is to be known of it is in Ray's own record. Submitting needs HTTP 
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import shlex
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +29,8 @@ from fray.errors import (
     SubmissionError,
     UnsupportedError,
 )
-from fray.request import check_seconds, current_owner
-from fray.types import JobInfo, JobStatus
+from fray.request import current_owner
+from fray.types import JobInfo, JobStatus, RuntimeEnv, TpuRunConfig, check_seconds
 
 if TYPE_CHECKING:
     from fray.backend.ray._local_ray import LocalRay
@@ -72,6 +73,7 @@ class RayClusterContext(ClusterContext):
         setup_timeout_seconds: How long a job's packages may take to install.
         installer: Which of Ray's plugins installs `package_requirements`: `uv`, or `pip`.
         autoscaled_resources: Custom resources that no node has yet and an autoscaler can bring.
+        tpu_environment: Variables that `run_on_tpu` sets on each host unless the user has, such as `LIBTPU_INIT_ARGS`.
 
     Raises:
         InvalidValueError: An address or an option that cannot be.
@@ -87,6 +89,7 @@ class RayClusterContext(ClusterContext):
         nested_jobs=True,
         package_requirements=True,
         task_context=True,
+        tpu=True,
     )
 
     def __init__(
@@ -103,6 +106,7 @@ class RayClusterContext(ClusterContext):
         setup_timeout_seconds: float = 1800.0,
         installer: Installer = "uv",
         autoscaled_resources: Sequence[str] = (),
+        tpu_environment: Mapping[str, str] | None = None,
     ) -> None:
         if installer not in ("uv", "pip"):
             raise InvalidValueError(f"installer is 'uv' or 'pip', not {installer!r}")
@@ -115,6 +119,8 @@ class RayClusterContext(ClusterContext):
         self._setup_timeout_seconds = check_seconds("setup_timeout_seconds", setup_timeout_seconds)
         self._installer: Installer = installer
         self._autoscaled = tuple(autoscaled_resources)
+        # Checked as what it is: variables of an environment.
+        self._tpu_environment = dict(RuntimeEnv(env=dict(tpu_environment or {})).env)
         self._local: LocalRay | None = None
         # What is being waited for, as it stood: a head that is started anew knows nothing of it.
         self._awaited: dict[str, JobInfo] = {}
@@ -160,6 +166,55 @@ class RayClusterContext(ClusterContext):
             finally:
                 local.release()
         self._rest.close()
+
+    def run_on_tpu(
+        self, fn: Callable[..., Any], config: TpuRunConfig, runtime_env: RuntimeEnv | None = None
+    ) -> list[Any]:
+        """Call `fn(ctx)` once on every host of every slice; return the results slice by slice, in host order.
+
+        All slices are held before any host begins, and all hosts begin together, each in a process of its own that
+        ends after the call. What a host prints is printed here, behind `[slice 0, host 1] `. See the page "TPU pods" of
+        the documentation for what is started again, and how often.
+
+        Args:
+            fn: Pickled with its closure, once.
+            config: Which slices, how many, and the budgets.
+            runtime_env: `env`, `secrets`, `package_requirements` and `working_dir` (with `excludes`) for the function's
+                processes; `minimum_resources` of each host beside its chips.
+
+        Raises:
+            Exception: What `fn` raised, past the budget of failures, or where it can be seen that it will again.
+            HostFailedError: A host's process crashed or hung, so often.
+            PreemptedError: Slices were taken away more often than is made good.
+            StockoutError: They did not come within `config.wait_seconds`; nothing is held.
+            PlatformError: The function cannot be brought to run on the hosts, or Ray cannot be joined.
+            UsageError: What cannot be, before anything is done.
+        """
+        from fray.backend.ray import ray_tpu
+        from fray.backend.ray._packages import fray_package, make_package
+        from fray.snapshot import collect, write_zip
+
+        ray_tpu._check(fn, config, runtime_env)
+        self._join()
+        native: dict[str, Any] = {
+            "py_modules": [fray_package().uri],
+            "config": {"setup_timeout_seconds": int(self._setup_timeout_seconds)},
+        }
+        self._upload(fray_package())
+        if runtime_env is not None and runtime_env.working_dir is not None:
+            files = collect(Path(runtime_env.working_dir), runtime_env.excludes)
+            package = make_package(write_zip(files, UPLOAD_LIMIT_BYTES))
+            self._upload(package)
+            native["working_dir"] = package.uri
+        return ray_tpu.run_on_tpu(
+            fn,
+            config,
+            runtime_env,
+            defaults=self._tpu_environment,
+            setup_seconds=self._setup_timeout_seconds,
+            grace_seconds=self._grace_seconds,
+            native=native,
+        )
 
     # The seam
 
@@ -325,6 +380,34 @@ class RayClusterContext(ClusterContext):
         return fetch_outputs(self._rest, self._known(job_id), destination)
 
     # Behind it
+
+    def _join(self) -> None:
+        """Have this process belong to the cluster, as its driver; refuse one that belongs to another."""
+        import ray
+
+        if not ray.is_initialized():
+            try:
+                ray.init(address=self._head_address(), logging_level=logging.WARNING)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise ConnectionFailedError(
+                    f"this process cannot join the Ray cluster of {self.spec}: {error}; run_on_tpu is for processes on "
+                    "its machines, such as its jobs: submit one that calls it (`fray run -c ray -- python train.py`)"
+                ) from error
+        from fray.backend.ray._internals import current_session
+
+        session = current_session()
+        if session != self._rest.session:
+            raise UnsupportedError(
+                f"this process belongs to another Ray cluster (session {session}) than {self.spec} (session "
+                f"{self._rest.session}): run_on_tpu is called from a process that belongs to none, or to that one"
+            )
+
+    def _head_address(self) -> str:
+        if self._local is not None:
+            return self._local.address
+        if self._address is not None and not self._address.startswith(("http://", "https://")):
+            return self._address
+        return "auto"
 
     def _unfinished(self) -> list[str]:
         with suppress(PlatformError):
