@@ -46,8 +46,10 @@ _START_SECONDS = 120.0
 _STARTS = 3
 # In the environment of every process of a host: what is taken away with it.
 _MARK = "FRAY_SIMULATED_HOST"
-# Ray notices the loss of a node within a second or so, where its own settings allow half a minute.
+# Ray notices the loss of a node within a second or so, where its own settings allow half a minute; and starts no
+# workers in advance, of which many hosts on one machine would have more than it can bear.
 _SYSTEM_CONFIG = {
+    "prestart_worker_first_driver": False,
     "health_check_initial_delay_ms": 1000,
     "health_check_period_ms": 300,
     "health_check_timeout_ms": 3000,
