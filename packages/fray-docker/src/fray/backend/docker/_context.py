@@ -20,7 +20,7 @@ from typing import IO
 
 from fray.snapshot import TAR_TIME_SECONDS, Snapshot, collect, write_tar
 
-__all__ = ["SOURCE", "Context", "Source", "read_context", "read_source"]
+__all__ = ["SOURCE", "Context", "Source", "file_digest", "read_context", "read_source"]
 
 SOURCE = "source.tar"
 _IN_MEMORY_BYTES = 256 << 20

@@ -14,16 +14,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["BUILD_TOOLS", "Recipe", "find_base_images", "free_venv", "render"]
+__all__ = [
+    "ENVIRONMENT_SECRET",
+    "USER_ID",
+    "WORKSPACE",
+    "Dialect",
+    "Recipe",
+    "find_base_images",
+    "free_venv",
+    "render",
+]
 
 Dialect = Literal["buildkit", "classic"]
 
-VENV = "/opt/venv"
 WORKSPACE = "/workspace"
-CA_BUNDLE = "/etc/fray/ca.pem"
 USER_ID = 1000
 ENVIRONMENT_SECRET = "fray-environment"
-BUILD_TOOLS: Mapping[Dialect, str] = {"buildkit": "/dev/fray", "classic": "/opt/fray-build"}
+_VENV = "/opt/venv"
+_CA_BUNDLE = "/etc/fray/ca.pem"
+_BUILD_TOOLS: Mapping[Dialect, str] = {"buildkit": "/dev/fray", "classic": "/opt/fray-build"}
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _KNOWN_LATER = "the-user-of-the-base-image"
 
@@ -69,7 +78,7 @@ class Recipe:
     base: str
     keep_user: bool = False
     user: str | None = None
-    venv: str = VENV
+    venv: str = _VENV
     has_ca_bundle: bool = False
     has_lock: bool = False
     has_requirements: bool = False
@@ -94,7 +103,7 @@ class Recipe:
 
 def render(recipe: Recipe, dialect: Dialect) -> str:
     """Return the recipe as a Dockerfile."""
-    tools = BUILD_TOOLS[dialect]
+    tools = _BUILD_TOOLS[dialect]
     lines: list[str] = []
     is_staged = recipe.has_source and recipe.keep_user and recipe.user != ""
     if is_staged:
@@ -102,7 +111,7 @@ def render(recipe: Recipe, dialect: Dialect) -> str:
     lines += [f"FROM {recipe.base}", "USER root"]
     if recipe.has_ca_bundle:
         names = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "PIP_CERT", "CURL_CA_BUNDLE")
-        lines += [f"COPY ca.pem {CA_BUNDLE}", "ENV " + " ".join(f"{name}={CA_BUNDLE}" for name in names)]
+        lines += [f"COPY ca.pem {_CA_BUNDLE}", "ENV " + " ".join(f"{name}={_CA_BUNDLE}" for name in names)]
     if not recipe.keep_user:
         lines.append(f"RUN {_MAKE_USER}")
     if recipe.has_packages:
@@ -218,10 +227,10 @@ def free_venv(environment: list[str]) -> str:
     """
     path = next((entry.removeprefix("PATH=") for entry in environment if entry.startswith("PATH=")), "")
     taken = {folder.rstrip("/") for folder in path.split(":")}
-    number, venv = 1, VENV
+    number, venv = 1, _VENV
     while f"{venv}/bin" in taken:
         number += 1
-        venv = f"{VENV}{number}"
+        venv = f"{_VENV}{number}"
     return venv
 
 

@@ -15,13 +15,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fray.backend.docker._attach import Attached
+from fray.backend.docker._build import build_frozen
 from fray.backend.docker._containers import with_image
 from fray.backend.docker._engine import Endpoint, Engine
+from fray.backend.docker._frozen import FrozenBuild
 from fray.backend.docker._holder import Holder
 from fray.backend.docker._record import command_name
 from fray.backend.docker._registry import pull
 from fray.backend.docker._start import LackingError, create_container, removed_unless_done, start_container
-from fray.backend.docker.images import FrozenBuild, build_frozen
 from fray.detached import leave_caller
 from fray.errors import FrayError, PlatformError
 from fray.types import TerminationReason
@@ -44,7 +45,7 @@ class Preparation:
         not_before: The submission time.
         native: The request for the container that runs the command.
         image: The image to be pulled; None where one is built.
-        build: What is to be built, as `fray.backend.docker.images` froze it.
+        build: What is to be built, as `ImageBuilder.freeze` fixed it.
         platform: The image's platform, None for the engine's own.
         handover: What the runner of the command is sent; holds the secrets.
         settings: What of the client's environment counts for uv in a build; may hold credentials.

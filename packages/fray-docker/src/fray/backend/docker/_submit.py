@@ -25,6 +25,7 @@ from fray.backend.docker._logs import read_events
 from fray.backend.docker._options import ContainerOptions
 from fray.backend.docker._prepare import READY, Preparation
 from fray.backend.docker._record import Submission, job_name
+from fray.backend.docker._settings import index_settings
 from fray.backend.docker._start import (
     ImageGoneError,
     LackingError,
@@ -220,16 +221,10 @@ def _submit_prepared(request: JobRequest, details: _Details, engine: Engine, too
                 build=build,
                 platform=details.image.platform,
                 handover=encode_handover(request.env.secrets),
-                settings=_settings() if builder else {},
+                settings=index_settings() if builder else {},
             )
             _start_preparing(preparation, context, request)
             done()
-
-
-def _settings() -> dict[str, str]:
-    from fray.backend.docker.images import index_settings
-
-    return index_settings()
 
 
 def _start_preparing(preparation: Preparation, context: IO[bytes], request: JobRequest) -> None:
