@@ -23,7 +23,7 @@ from fray.errors import InvalidValueError
 __all__ = ["Inputs", "freeze", "read_inputs"]
 
 # What a tag stands for; a change of what is built from the same input is a new number.
-_RECIPE_VERSION = 1
+_RECIPE_VERSION = 2
 _OWN_DOCKERFILE = ".fray.dockerfile"
 
 
@@ -179,8 +179,7 @@ def _recipe(spec: ImageSpec, inputs: Inputs) -> tuple[Recipe, dict[str, bytes]]:
         pylock, projects = read_lock(spec.directory, spec.extras)
         if pylock is not None:
             files["pylock.toml"] = pylock
-        if projects:
-            indexes = project_indexes(spec.directory)
+        indexes = project_indexes(spec.directory)
     config = inputs.base.config
     recipe = Recipe(
         base=inputs.base.from_name,
