@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import Any
 
 from fray.backend.ray._tpu_frames import END, GO, GONE, HELLO, KILL, PING, PONG, STEP
-from fray.backend.ray._tpu_host import Assignment, ChipsHeldError, ExitedError, FunctionError, run_host
+from fray.backend.ray._tpu_host import Assignment, ChipsHeldError, ExitedError, FunctionError, HostProcess
 from fray.backend.ray._tpu_keeper import MARK
 from fray.backend.ray._tpu_slices import Host, Reservation
 from fray.backend.ray._tpu_switchboard import CLOSED, Switchboard
@@ -109,6 +109,7 @@ class Attempt:
         self._function = function
         self._mark = f"{run_id}-{number}-{secrets.token_hex(4)}"
         self._events: queue.SimpleQueue[tuple[int, bytes, Any]] = queue.SimpleQueue()
+        self._actors: list[Any] = []
         self._refs: list[Any] = []
         self._hello: dict[int, dict[str, Any]] = {}
         self._results: dict[int, Any] = {}
@@ -123,14 +124,11 @@ class Attempt:
         Raises:
             AttemptError: It has failed.
         """
-        is_done = False
         try:
             self._start()
-            results = self._follow()
-            is_done = True
-            return results
+            return self._follow()
         finally:
-            self._end(kill=not is_done)
+            self._end()
 
     # From the start to the results
 
@@ -143,9 +141,10 @@ class Attempt:
         here = ray.util.get_node_ip_address()
         board = Switchboard(here, prefixes, lambda index, kind, said: self._events.put((index, kind, said)))
         self._switchboard = board
-        remote = ray.remote(max_calls=1, max_retries=0)(run_host)
+        # An actor, and no task: of a task Ray starts workers on the caller's machine too, in case it should run there.
+        remote = ray.remote(max_restarts=0, max_task_retries=0)(HostProcess)
         resources = dict(self._environment.resources)
-        for index, host in enumerate(self._hosts):
+        for index in range(len(self._hosts)):
             slice_id, host_id = divmod(index, num_hosts)
             mark = f"{self._mark}-{index}"
             assignment = Assignment(
@@ -164,8 +163,7 @@ class Attempt:
             runtime_env = dict(self._environment.runtime_env)
             # A variable of its own, and so a process of its own: no other that has imported something is used again.
             runtime_env["env_vars"] = {**runtime_env.get("env_vars", {}), MARK: mark}
-            ref = remote.options(
-                name=f"run_on_tpu {host.slice_name}/{host.worker_id}",
+            actor = remote.options(
                 num_cpus=resources.get("CPU", 0),
                 memory=int(resources["memory"]) if "memory" in resources else None,
                 resources={
@@ -176,7 +174,9 @@ class Attempt:
                     self._reservation.group, placement_group_bundle_index=index
                 ),
                 runtime_env=runtime_env,
-            ).remote(assignment, self._function)
+            ).remote(assignment)
+            self._actors.append(actor)
+            ref = actor.call.remote(self._function)
             self._refs.append(ref)
             ref.future().add_done_callback(lambda _, index=index: self._events.put((index, b"", None)))
 
@@ -364,7 +364,7 @@ class Attempt:
 
     # The end
 
-    def _end(self, *, kill: bool) -> None:
+    def _end(self) -> None:
         """See to it that nothing of the attempt is left on a host that is still there."""
         import ray
 
@@ -372,12 +372,11 @@ class Attempt:
         if board is None:
             return
         try:
-            for index in range(len(self._hosts)):
-                board.send(index, END if index in self._done else KILL)
-            if kill:
-                for index, ref in enumerate(self._refs):
-                    if index not in self._hello:  # nobody but Ray knows of its process yet
-                        ray.cancel(ref, force=True)
+            for index, actor in enumerate(self._actors):
+                if index in self._done and board.send(index, END):
+                    actor.__ray_terminate__.remote()  # ends as a program does, its exit handlers called
+                elif not board.send(index, KILL):
+                    ray.kill(actor)  # nobody but Ray knows of its process yet, or any more
             self._await_gone()
         finally:
             board.close()

@@ -1,4 +1,4 @@
-"""What runs on each host of a slice: the Ray task around the function that `run_on_tpu` was given.
+"""What runs on each host of a slice: the Ray actor around the function that `run_on_tpu` was given.
 
 Nothing of the user's is imported until all hosts are there and the environment is what the function is to see. It
 belongs to Fray's light part, since the hosts have only that.
@@ -21,7 +21,7 @@ from fray.context import use_job_context
 from fray.detached import program, start_detached
 from fray.job import JobContext, TpuContext
 
-__all__ = ["Assignment", "ChipsHeldError", "ExitedError", "FunctionError", "RayTpuContext", "free_port", "run_host"]
+__all__ = ["Assignment", "ChipsHeldError", "ExitedError", "FunctionError", "RayTpuContext", "free_port", "HostProcess"]
 
 LOCKFILE_VARIABLE = "FRAY_LIBTPU_LOCKFILE"
 """Names another lock file than libtpu's own, where hosts are only simulated."""
@@ -93,8 +93,18 @@ class RayTpuContext(TpuContext):
             os.write(self._control, json.dumps({"step": self.step}).encode() + b"\n")
 
 
-def run_host(assignment: Assignment, function: bytes) -> Any:
-    """Call the function on this host, once all others are ready too, and return what it returns."""
+class HostProcess:
+    """The actor around one call of the function on one host."""
+
+    def __init__(self, assignment: Assignment) -> None:
+        self._assignment = assignment
+
+    def call(self, function: bytes) -> Any:
+        """Call the function, once all other hosts are ready too, and return what it returns."""
+        return _call(self._assignment, function)
+
+
+def _call(assignment: Assignment, function: bytes) -> Any:
     control, go = _start_keeper(assignment)
     check_chips_are_free()
     os.environ.update(assignment.secrets)

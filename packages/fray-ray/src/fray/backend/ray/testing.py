@@ -290,12 +290,12 @@ class SimulatedSlices:
             for pid in left:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            for host in (host for hosts in self.hosts for host in hosts):
-                if host._process is not None:
-                    host._process.poll()
             if time.monotonic() > give_up:
                 raise PlatformError(f"processes of the simulated cluster cannot be killed: {left}")
             time.sleep(0.01)
+        for host in (host for hosts in self.hosts for host in hosts if host.mark in marks):
+            if host._process is not None:
+                host._process.wait()
 
 
 def _topology(kind: TpuType) -> str:
