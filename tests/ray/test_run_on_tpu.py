@@ -406,7 +406,8 @@ def test_what_the_function_started_ends_with_it(tpus: TpuHarness) -> None:
 
 def test_a_host_whose_chips_are_held_is_set_aside(tpus: TpuHarness) -> None:
     lockfile = tpus.slices.hosts[0][1].folder / "libtpu_lockfile"
-    holder = subprocess.Popen(["sleep", "600"], stdin=lockfile.open("w+"))
+    with lockfile.open("w+") as held:
+        holder = subprocess.Popen(["sleep", "600"], stdin=held)
     try:
 
         def slice_name(ctx: Any) -> str:
@@ -460,6 +461,7 @@ def test_a_caller_that_is_killed_leaves_nothing(tpus: TpuHarness, number: signal
     finally:
         caller.kill()
         caller.wait()
+        caller.stdout.close()
     until(lambda: not processes_of_runs(), "its processes to be gone")
 
 
