@@ -1,0 +1,1 @@
+"""Cloud TPU slices, asked for in one line and never left running: the provisioner named `gcp-tpu`."""
