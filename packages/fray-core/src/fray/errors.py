@@ -11,6 +11,8 @@ FrayError
 │   ├── JobNotFoundError (LookupError)
 │   ├── JobExistsError
 │   ├── JobNotFinishedError         purge of a running job
+│   ├── SliceNotFoundError (LookupError)
+│   ├── SliceExistsError
 │   └── UnsupportedError (NotImplementedError)
 ├── JobFailedError                  the job's: read its logs
 ├── WaitTimeoutError (TimeoutError) nobody's: the caller stopped waiting, the job goes on
@@ -24,7 +26,9 @@ FrayError
         ├── StockoutError
         ├── InvalidAcceleratorError
         ├── ReservationError
-        └── PreemptedError
+        ├── PreemptedError
+        ├── ProvisioningTimeoutError (TimeoutError)
+        └── DeletionFailedError     may still be billed: look
 ```
 
 A message says what failed, on what, why (quoting the engine's own words) and what to do next. Imports nothing.
@@ -42,6 +46,7 @@ __all__ = [
     "BackendLoadError",
     "BackendNotFoundError",
     "ConnectionFailedError",
+    "DeletionFailedError",
     "FrayError",
     "ImageBuildError",
     "InvalidAcceleratorError",
@@ -54,8 +59,11 @@ __all__ = [
     "PlatformError",
     "PreemptedError",
     "ProvisioningError",
+    "ProvisioningTimeoutError",
     "QuotaExceededError",
     "ReservationError",
+    "SliceExistsError",
+    "SliceNotFoundError",
     "StockoutError",
     "SubmissionError",
     "UnsupportedError",
@@ -102,6 +110,14 @@ class JobExistsError(UsageError):
 
 class JobNotFinishedError(UsageError):
     """Only a finished job can be purged."""
+
+
+class SliceNotFoundError(UsageError, LookupError):
+    """There are no slices of this name."""
+
+
+class SliceExistsError(UsageError):
+    """There are slices of this name already."""
 
 
 class UnsupportedError(UsageError, NotImplementedError):
@@ -156,7 +172,21 @@ class ProvisioningError(PlatformError):
 
 
 class QuotaExceededError(ProvisioningError):
-    """The project's quota does not allow the request."""
+    """The project's quota does not allow the request.
+
+    Attributes:
+        quota: Which, as the provider names it; None where it did not say.
+        limit: How much is allowed; None where it did not say.
+        region: Where; None where it did not say.
+    """
+
+    def __init__(
+        self, message: str = "", *, quota: str | None = None, limit: float | None = None, region: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.quota = quota
+        self.limit = limit
+        self.region = region
 
 
 class StockoutError(ProvisioningError):
@@ -173,3 +203,11 @@ class ReservationError(ProvisioningError):
 
 class PreemptedError(ProvisioningError):
     """The provider took the machines back more often than the caller allows."""
+
+
+class ProvisioningTimeoutError(ProvisioningError, TimeoutError):
+    """Machines did not come, or were not ready, in the time that was given them. They were given up."""
+
+
+class DeletionFailedError(ProvisioningError):
+    """Machines could not be deleted, or are not seen to be gone. They may still be billed."""
