@@ -5,6 +5,7 @@ Google's client library is loaded when a provisioner first makes a call, not by 
 
 from fray.backend.tpu._labels import label_value
 from fray.backend.tpu.interface import Clock, Doomed, GcPlan, GcReport, Provisioner, SystemClock
+from fray.backend.tpu.provisioner import TpuProvisioner
 from fray.backend.tpu.types import (
     DataDisk,
     Host,
@@ -37,5 +38,6 @@ __all__ = [
     "SliceState",
     "SystemClock",
     "Tier",
+    "TpuProvisioner",
     "label_value",
 ]

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from fray.backend.tpu.types import Lease, OnProgress, SliceGroup, SliceRequest
+from fray.errors import DeletionFailedError
 
 __all__ = ["Clock", "Doomed", "GcPlan", "GcReport", "Provisioner", "SystemClock"]
 
@@ -54,7 +55,8 @@ class Doomed:
         reason: Why, in a few words, such as `its lease ended 2026-03-01 12:00 UTC`.
         owner: As the label says it.
         zones: Where it is, or may still turn up.
-        group: What is there; None for a request of which nothing can be seen (yet).
+        group: What is there; None for a request on this machine's disk, of which there may be anything or nothing.
+        intent: Of that request, its id.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Doomed:
     owner: str
     zones: tuple[str, ...]
     group: SliceGroup | None = None
+    intent: str = ""
 
 
 @dataclass(frozen=True)
@@ -150,8 +153,11 @@ class Provisioner(abc.ABC):
         """
 
     @abc.abstractmethod
-    def delete(self, name: str) -> None:
-        """Delete a group of the caller's, and return when it is seen to be gone.
+    def delete(self, *what: str | SliceGroup) -> None:
+        """Delete groups of the caller's, all at the same time, and return when they are seen to be gone.
+
+        Args:
+            what: Names, or groups that `list` returned: those need not be looked for.
 
         Raises:
             SliceNotFoundError: There is no such group.
@@ -202,5 +208,9 @@ class Provisioner(abc.ABC):
     ) -> None:
         try:
             self.delete_created()
+        except DeletionFailedError as failure:
+            if error is None or isinstance(error, Exception):
+                raise
+            error.add_note(str(failure))  # an interrupt stays one
         finally:
             self.close()
