@@ -247,7 +247,7 @@ class Agent:
                 return
             variables["RAY_AUTH_MODE"] = "token"
             variables["RAY_AUTH_TOKEN_PATH"] = self._keep_token(token)
-        chips = self._insist("see the TPU", self._chips)
+        chips = self._insist("see the TPU", lambda: self._chips(host))
         if chips is None:
             return
         command = [
@@ -275,12 +275,13 @@ class Agent:
             self._leaves.wait(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
-    def _chips(self) -> int:
+    def _chips(self, host: Host) -> int:
         if said := os.environ.get("FRAY_TPU_CHIPS"):
             return int(said)
-        if not glob.glob("/dev/accel[0-9]*") and not glob.glob("/dev/vfio/[0-9]*"):
+        found = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+        if not found:
             raise OSError("waiting for the TPU: neither /dev/accel* nor /dev/vfio/* is there")
-        chips: int = self._settings["chips"]
+        chips: int = self._settings["chips"].get(host.accelerator_type, len(found))
         return chips
 
     def _keep_token(self, token: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -101,7 +102,7 @@ class RayJoin:
 
 
 def startup_script(
-    accelerator_type: str,
+    accelerator_types: str | Sequence[str],
     join: RayJoin | None = None,
     *,
     lease_seconds: float | None = None,
@@ -111,7 +112,7 @@ def startup_script(
     """Return the startup script of a slice's hosts.
 
     Args:
-        accelerator_type: What the slice is.
+        accelerator_types: What the slice is, or may come to be.
         join: The Ray cluster to join; None for hosts that join none.
         lease_seconds: How long the lease is renewed for while Ray runs something on the slice; None for not at all.
         time_to_live_seconds: When the hosts delete their own group, counted from when the slice was made; None for
@@ -121,7 +122,8 @@ def startup_script(
     Raises:
         InvalidValueError: There is no such type, a value cannot be, or the script is larger than metadata may be.
     """
-    chips = tpu_type(accelerator_type).chips_per_host
+    names = [accelerator_types] if isinstance(accelerator_types, str) else accelerator_types
+    chips = {kind.name: kind.chips_per_host for kind in map(tpu_type, names)}
     for what, seconds in (("lease_seconds", lease_seconds), ("time_to_live_seconds", time_to_live_seconds)):
         if seconds is not None and not seconds > 0:
             raise InvalidValueError(f"{what}: {seconds} is not above 0")
