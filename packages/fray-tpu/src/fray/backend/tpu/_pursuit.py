@@ -274,7 +274,8 @@ class Pursuit:
                 deadline=min(deadline, now + CALL_DEADLINE_SECONDS),
                 on_attempt=on_attempt,
             )
-            candidate.is_settled = True
+            # An earlier attempt may still be under way, though Google should know it for the same request.
+            candidate.is_settled = attempts == 1
         except SliceExistsError as refusal:
             error = self._exists(candidate, refusal, attempts)
         except FrayError as refusal:
@@ -291,7 +292,6 @@ class Pursuit:
         if attempts > 1:
             resource = self._api.get_queued_resource(candidate.full_name)
             if resource is not None and labels_of(resource).get(_labels.INTENT) == self.intent.id:
-                candidate.is_settled = True
                 return None
         candidate.is_settled = candidate.is_gone = True
         return SliceExistsError(

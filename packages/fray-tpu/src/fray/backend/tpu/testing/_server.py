@@ -134,6 +134,11 @@ class FakeCloud:
         with self.world.lock:
             self.world.faults.clear()
 
+    def forget_request_ids(self) -> None:
+        """Take a repeated request for a new one from now on, as Google does after a while: the name is taken then."""
+        with self.world.lock:
+            self.world.forgets_request_ids = True
+
     def preempt(self, node: str, *, vanishes: bool = False) -> None:
         """Take a slice back, by its id.
 

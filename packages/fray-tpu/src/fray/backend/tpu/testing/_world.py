@@ -117,6 +117,7 @@ class World:
         self.quotas = dict(quotas)
         self.page_size = page_size
         self.on_node = on_node
+        self.forgets_request_ids = False
         self.journal: list[JournalEntry] = []
         self.calls: list[str] = []
         self.offers: list[tuple[str, str, str, Supply]] = []
@@ -505,6 +506,8 @@ class World:
         return operation
 
     def _repeated(self, verb: str, request_id: str) -> operations_pb2.Operation | None:
+        if self.forgets_request_ids:
+            return None
         name = self._by_request_id.get((verb, request_id)) if request_id else None
         return self._copy(self._operations[name]) if name else None
 

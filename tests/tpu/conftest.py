@@ -1,0 +1,21 @@
+"""One server for all tests of a process, and nothing in it at the beginning of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from fray.backend.tpu.testing import FakeCloud
+
+
+@pytest.fixture(scope="session")
+def _server() -> Iterator[FakeCloud]:
+    with FakeCloud() as cloud:
+        yield cloud
+
+
+@pytest.fixture
+def cloud(_server: FakeCloud) -> FakeCloud:
+    _server.reset()
+    return _server
