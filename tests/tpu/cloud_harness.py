@@ -55,7 +55,7 @@ class Trap(grpc.UnaryUnaryClientInterceptor):  # type: ignore[misc]
         with self._lock:
             self.has_sprung = True
             if self._state is not None and self._kept is not None and self._state.exists():
-                shutil.copytree(self._state, self._kept)
+                shutil.copytree(self._state, self._kept, ignore=shutil.ignore_patterns("*.tmp"))
         raise self._raises()
 
 

@@ -201,6 +201,11 @@ class Pursuit:
             failed = [reason for reason in reasons if reason is not None]
             if not failed:
                 self._store.remove(self.name)
+        except BaseException as interrupt:
+            interrupt.add_note(
+                f"{self.name} may be left and billed: its deletion was interrupted. `fray tpu gc` deletes it"
+            )
+            raise
         finally:
             self.release()
         if failed:
