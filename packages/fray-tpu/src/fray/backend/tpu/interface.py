@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
@@ -199,6 +200,14 @@ class Provisioner(abc.ABC):
     @abc.abstractmethod
     def delete_created(self) -> None:
         """Delete whatever was created through this object and is not deleted yet."""
+
+    @classmethod
+    def doctor(cls) -> Iterable[tuple[bool, str, str]]:
+        """Return what `fray doctor` is to show: whether it is well, what was found, the remedy.
+
+        @plugin-dev: credentials, the project, whether the provider answers. No side effect lasts.
+        """
+        return []
 
     def __enter__(self) -> Self:
         return self

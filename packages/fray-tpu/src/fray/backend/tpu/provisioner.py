@@ -112,6 +112,12 @@ class TpuProvisioner(Provisioner):
         """Whose the slices are."""
         return self._given_owner or default_owner()
 
+    @classmethod
+    def doctor(cls) -> Iterator[tuple[bool, str, str]]:  # noqa: D102
+        from fray.backend.tpu._doctor import checks
+
+        return checks()
+
     def create(self, request: SliceRequest) -> SliceGroup:  # noqa: D102
         if not isinstance(request, SliceRequest):
             raise InvalidTypeError(f"request: {request!r} is no SliceRequest")
