@@ -16,6 +16,12 @@ def _server() -> Iterator[FakeCloud]:
 
 
 @pytest.fixture
+def disks_that_need_no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For thousands of records: no power is cut in these tests, only processes end."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+
+
+@pytest.fixture
 def cloud(_server: FakeCloud) -> FakeCloud:
     _server.reset()
     return _server

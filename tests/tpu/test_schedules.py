@@ -26,6 +26,8 @@ from fray.backend.tpu._removal import Remover, Target
 from fray.backend.tpu.testing import Ending, FakeCloud, Fault, Moment, Supply
 from tests.tpu.cloud_harness import Killed, Trap, provisioner_of
 
+pytestmark = pytest.mark.usefixtures("disks_that_need_no_flush")
+
 SAMPLE = 20
 BATCHES = 10  # so 200 in `make test`
 SOAK = int(os.environ.get("FRAY_SOAK", "1"))

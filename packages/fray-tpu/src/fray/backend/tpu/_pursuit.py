@@ -116,8 +116,7 @@ class Pursuit:
         return self.intent.name
 
     def start(self) -> SliceGroup:
-        """Record the request and ask for it: for all choices, or for the first that is not refused at once."""
-        self._store.save(self.intent)
+        """Ask for it, recorded before: for all choices, or for the first that is not refused at once."""
         if self._request.at_once:
             for candidate in self.intent.candidates:
                 candidate.deadline = self.intent.queue_deadline
@@ -263,6 +262,7 @@ class Pursuit:
         attempts = 0
 
         def on_attempt() -> None:
+            # Before each attempt, the very first included: what Google may know of is on disk.
             nonlocal attempts
             attempts += 1
             with self._lock:
