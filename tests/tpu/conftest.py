@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
-from fray.backend.tpu.testing import FakeCloud
+# Tests start processes beside a server of gRPC's, whose handlers of a fork would speak up in them.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+
+from fray.backend.tpu.testing import FakeCloud  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -49,6 +49,8 @@ _LONGEST_PAUSE_SECONDS = 60.0
 _WELL_AFTER_SECONDS = 120.0
 # Google gives 30 seconds between the notice and the end.
 _LEAVE_SECONDS = 25.0
+# Of which Ray may take so many to let what runs come to an end; its own default is all 30.
+_DRAIN_SECONDS = "12"
 _PREEMPTION_POLL_SECONDS = 60
 # How often it is looked whether the slice is in use.
 _LOOK_SECONDS = 60.0
@@ -240,6 +242,7 @@ class Agent:
         # are set only where that server is another one's.
         if os.environ.get("GCE_METADATA_HOST"):
             variables.update(host.variables())
+        variables.setdefault("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", _DRAIN_SECONDS)
         variables["RAY_AUTH_MODE"] = "disabled"
         if secret := self._settings.get("token_secret"):
             token = self._insist(f"read the secret {secret}", lambda: self._google.secret(secret))
