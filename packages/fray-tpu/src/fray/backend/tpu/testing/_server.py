@@ -17,10 +17,13 @@ from fray.backend.tpu.interface import Clock
 from fray.backend.tpu.testing._clock import VirtualClock
 from fray.backend.tpu.testing._faults import Fault, Moment, Supply
 from fray.backend.tpu.testing._world import ApiError, JournalEntry, World, error, error_of, pending
-from fray.errors import SliceNotFoundError
+from fray.errors import SliceNotFoundError, UnsupportedError
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from types import TracebackType
+
+    from fray.backend.tpu.testing._machines import Machines
 
 __all__ = ["FakeCloud"]
 
@@ -95,6 +98,7 @@ class FakeCloud:
                 ),
             )
         )
+        self._machines: list[Machines] = []
         self._channels: list[grpc.Channel] = []
         self.reset(clock)
         port = self._server.add_insecure_port("127.0.0.1:0")
@@ -153,6 +157,22 @@ class FakeCloud:
                     return
         raise SliceNotFoundError(f"there is no slice {node!r} here: {self.world.node_names()}")
 
+    def run_startup_scripts(self, directory: Path, **options: Any) -> Machines:
+        """From now on, run each host of a slice as a process of this machine, with its startup script.
+
+        It needs Linux, and a clock that goes by itself (`fray.backend.tpu.SystemClock`).
+
+        Args:
+            directory: Where each host gets a directory, with its `log`.
+            options: More of `Machines`: `environment`, `notice_seconds`, `secrets`.
+        """
+        from fray.backend.tpu.testing._machines import Machines
+
+        if isinstance(self.clock, VirtualClock):
+            raise UnsupportedError("processes do not live in virtual time: FakeCloud(SystemClock()) runs them")
+        self._machines.append(Machines(self.world, directory, **options))
+        return self._machines[-1]
+
     @property
     def journal(self) -> list[JournalEntry]:
         """All that ever was, in the order in which it came to be."""
@@ -175,7 +195,9 @@ class FakeCloud:
             return list(self.world.calls)
 
     def close(self) -> None:
-        """Stop the server."""
+        """Stop the server, and end what runs."""
+        for machines in self._machines:
+            machines.close()
         for channel in self._channels:
             channel.close()
         self._server.stop(None).wait()

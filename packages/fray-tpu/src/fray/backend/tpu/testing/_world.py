@@ -98,7 +98,7 @@ class World:
         zones: Those there are.
         quotas: The most chips at the same time, by generation and zone, as `("v5e", "us-central1-a")`.
         page_size: The most that one page of a list holds.
-        on_node: Called with a node's message when it becomes ready, is taken back, or is gone.
+        on_node: Called with a slice's name and message when its state changes, and without a message when it is gone.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class World:
         zones: Iterable[str],
         quotas: Mapping[tuple[str, str], int],
         page_size: int,
-        on_node: Callable[[tpu_v2.Node], None] | None = None,
+        on_node: Callable[[str, tpu_v2.Node | None], None] | None = None,
     ) -> None:
         self.clock = clock
         self.project = project
@@ -415,13 +415,15 @@ class World:
         if state == _NODE.PREEMPTED:
             found.entry.billed_until = found.entry.billed_until or self.now()
         if self.on_node is not None:
-            self.on_node(found.message)
+            self.on_node(name, tpu_v2.Node.deserialize(tpu_v2.Node.serialize(found.message)))
 
     def _forget_node(self, name: str) -> None:
         if (found := self._nodes.pop(name, None)) is None:
             return
         found.entry.gone = self.now()
         found.entry.billed_until = found.entry.billed_until or self.now()
+        if self.on_node is not None:
+            self.on_node(name, None)
 
     # What a request has to be like
 
