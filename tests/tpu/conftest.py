@@ -10,7 +10,7 @@ import pytest
 # Tests start processes beside a server of gRPC's, whose handlers of a fork would speak up in them.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
-from fray.backend.tpu.testing import FakeCloud  # noqa: E402
+from fray.backend.tpu.testing import FakeCloud
 
 
 @pytest.fixture(scope="session")
