@@ -33,6 +33,7 @@ class Nodes(Protocol):
 
     def delete(self, path: str) -> bool:
         """Delete a node, or a queued resource with its nodes; False where there is none."""
+        ...
 
 
 class HostServices:

@@ -25,9 +25,11 @@ class Clock(Protocol):
 
     def now(self) -> float:
         """Return the time in seconds since 1970."""
+        ...
 
     def sleep(self, seconds: float) -> None:
         """Return when that much time has gone by."""
+        ...
 
 
 class SystemClock:

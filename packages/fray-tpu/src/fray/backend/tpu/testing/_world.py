@@ -12,6 +12,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
 
 from google.cloud import tpu_v2
 from google.longrunning import operations_pb2
@@ -23,6 +24,8 @@ from fray.backend.tpu.testing._faults import Ending, Fault, Supply
 from fray.tpu import tpu_type, tpu_types
 
 __all__ = ["ApiError", "JournalEntry", "World"]
+
+_Message = TypeVar("_Message", tpu_v2.QueuedResource, tpu_v2.Node)
 
 _INVALID, _DEADLINE, _NOT_FOUND, _EXISTS, _DENIED, _EXHAUSTED, _PRECONDITION = 3, 4, 5, 6, 7, 8, 9
 _QR = tpu_v2.QueuedResourceState.State
@@ -175,7 +178,7 @@ class World:
         if known := self._repeated("create", request.request_id):
             return known
         full_name = f"{request.parent}/queuedResources/{request.queued_resource_id}"
-        resource = tpu_v2.QueuedResource.deserialize(tpu_v2.QueuedResource.serialize(request.queued_resource))
+        resource = copy_of(request.queued_resource)
         self._validate(resource, zone)
         if full_name in self._resources:
             raise error(_EXISTS, f"Resource '{full_name}' already exists")
@@ -386,7 +389,7 @@ class World:
             # Two requests that name the same node: the second fails (assumed).
             self._fail_resource(owner, status(_EXISTS, f"Resource '{name}' already exists"))
             return
-        node = tpu_v2.Node.deserialize(tpu_v2.Node.serialize(spec))
+        node = copy_of(spec)
         node.name, node.queued_resource, node.multislice_node = name, owner, is_multislice
         tpu_v2.Node.pb(node).create_time.FromNanoseconds(int(self.now() * 1e9))
         entry = JournalEntry("node", name, dict(spec.labels), self.now(), billed_from=self.now())
@@ -415,7 +418,7 @@ class World:
         if state == _NODE.PREEMPTED:
             found.entry.billed_until = found.entry.billed_until or self.now()
         if self.on_node is not None:
-            self.on_node(name, tpu_v2.Node.deserialize(tpu_v2.Node.serialize(found.message)))
+            self.on_node(name, copy_of(found.message))
 
     def _forget_node(self, name: str) -> None:
         if (found := self._nodes.pop(name, None)) is None:
@@ -532,7 +535,7 @@ class World:
         state = int(found.message.state.state)
         if state not in found.supply.states:
             return found.message
-        shown: tpu_v2.QueuedResource = tpu_v2.QueuedResource.deserialize(tpu_v2.QueuedResource.serialize(found.message))
+        shown = copy_of(found.message)
         tpu_v2.QueuedResource.pb(shown).state.state = found.supply.states[state]
         return shown
 
@@ -564,6 +567,12 @@ class _Pending:
             return False
         self.left -= 1
         return True
+
+
+def copy_of(message: _Message) -> _Message:
+    """Return another message that says the same."""
+    kind: Any = type(message)
+    return cast("_Message", kind.deserialize(kind.serialize(message)))
 
 
 def pending(fault: Fault) -> _Pending:
