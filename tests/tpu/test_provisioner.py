@@ -270,6 +270,12 @@ def test_an_unreachable_api_is_given_up_in_minutes(cloud: FakeCloud, tmp_path: P
         provisioner_of(cloud, tmp_path).create(request_of())
     assert cloud.clock.now() - began <= 300
     assert records(tmp_path) == []
+    cloud.inject(Fault(times=1000))
+    with pytest.raises(errors.DeletionFailedError, match="may be left"):
+        provisioner_of(cloud, tmp_path).create(request_of())
+    assert cloud.clock.now() - began <= 600
+    cloud.heal()
+    assert [one.name for one in provisioner_of(cloud, tmp_path).reconcile().deleted] == ["train"]
 
 
 def test_the_provider_is_not_asked_again_before_it_wants_to_be(cloud: FakeCloud, tmp_path: Path) -> None:
@@ -383,6 +389,16 @@ def test_an_interrupt_that_leaves_something_behind_stays_an_interrupt(cloud: Fak
         provisioner.wait_ready("train")
     assert "train may be left and billed" in caught.value.__notes__[0]
     assert records(tmp_path) == ["train.json"]
+
+
+def test_of_two_groups_of_a_name_only_the_given_one_is_deleted(cloud: FakeCloud, tmp_path: Path) -> None:
+    jane = provisioner_of(cloud, tmp_path)
+    jane.create(request_of("train", THERE))
+    ready = jane.wait_ready("train")
+    jane.create(request_of("train", HERE))
+    jane.delete(ready)
+    assert names(cloud) == [f"{ZONE}/queuedResources/train"]
+    assert jane.wait_ready("train").zone == ZONE
 
 
 def test_deleting_what_is_not_there_is_an_error(cloud: FakeCloud, tmp_path: Path) -> None:

@@ -283,7 +283,7 @@ def _drop_and_forget(self: Pursuit, courses: list[Any]) -> None:
     self._courses = [course for course in self._courses if course not in courses]
 
 
-def _do_not_look(self: Remover, targets: Sequence[Target]) -> list[str | None]:
+def _do_not_look(self: Remover, targets: Sequence[Target], seconds: float | None = None) -> list[str | None]:
     for target in targets:
         self._delete_what_is_left(target, _removal._Deletion(), self._clock.now() + 100)
     return [None] * len(targets)

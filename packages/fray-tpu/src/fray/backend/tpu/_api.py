@@ -9,7 +9,6 @@ import random
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 from fray.backend.tpu._errors import (
@@ -95,6 +94,8 @@ class Api:
         self._next_call = 0.0
         self._jitter = jitter
         self._lock = threading.Lock()
+        self._connecting = threading.Lock()
+        self._connected: TpuClient | None = None
 
     def create_queued_resource(
         self,
@@ -222,12 +223,15 @@ class Api:
 
     def close(self) -> None:
         """Close the connection, if there is one."""
-        if "_client" in self.__dict__:
-            self._client.transport.close()  # type: ignore[no-untyped-call]
+        if self._connected is not None:
+            self._connected.transport.close()  # type: ignore[no-untyped-call]
 
-    @cached_property
+    @property
     def _client(self) -> TpuClient:
-        return self._connect()
+        with self._connecting:
+            if self._connected is None:
+                self._connected = self._connect()
+            return self._connected
 
     def _get(
         self, name: str, attempt: Callable[[float], _Answer], deadline: float | None, *, verb: str = "look at"

@@ -181,7 +181,9 @@ def _refused(said: str, words: str, zone: str, project: str, error: GoogleAPICal
     from google.api_core import exceptions
 
     if _RESERVATION.search(words):
-        return ReservationError(f"{said}. `gcloud compute tpus reservations list` shows what there is")
+        return ReservationError(
+            f"{said}. `gcloud alpha compute tpus reservations list --zone {zone}` shows those there are"
+        )
     if _ACCELERATOR.search(words):
         return InvalidAcceleratorError(
             f"{said}. What {zone} has: `gcloud compute tpus accelerator-types list --zone {zone} --project {project}` "

@@ -194,11 +194,15 @@ class IntentStore:
             path = self._path(intent.name)
             fresh = path.with_suffix(f".{os.getpid()}.tmp")
             descriptor = os.open(fresh, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            with open(descriptor, "wb") as file:
-                file.write(intent.model_dump_json().encode())
-                file.flush()
-                os.fsync(descriptor)
-            os.replace(fresh, path)
+            try:
+                with open(descriptor, "wb") as file:
+                    file.write(intent.model_dump_json().encode())
+                    file.flush()
+                    os.fsync(descriptor)
+                os.replace(fresh, path)
+            except BaseException:
+                fresh.unlink(missing_ok=True)
+                raise
             self._flush()
 
     def load(self, name: str) -> Intent | None:

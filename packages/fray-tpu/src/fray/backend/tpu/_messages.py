@@ -69,7 +69,8 @@ def queued_resource_of(
             subnetwork=request.subnetwork or "",
             enable_external_ips=request.external_ips,
         ),
-        scheduling_config=tpu_v2.SchedulingConfig(spot=choice.tier is Tier.SPOT, reserved=choice.tier is Tier.RESERVED),
+        # Spot is said once, by the tier of the whole request.
+        scheduling_config=tpu_v2.SchedulingConfig(reserved=choice.tier is Tier.RESERVED),
         labels={
             **request.labels,
             _labels.MANAGED_BY: _labels.MANAGED_BY_FRAY,

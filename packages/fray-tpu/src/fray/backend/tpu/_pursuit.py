@@ -18,7 +18,7 @@ from fray.backend.tpu._api import CALL_DEADLINE_SECONDS, Api, at_once
 from fray.backend.tpu._errors import translate_status
 from fray.backend.tpu._intents import Candidate, Claim, Intent, IntentState, IntentStore
 from fray.backend.tpu._messages import group_of, labels_of, queued_resource_of
-from fray.backend.tpu._removal import Remover, Target
+from fray.backend.tpu._removal import SETTLE_SECONDS, Remover, Target
 from fray.backend.tpu._states import queued_resource_state
 from fray.backend.tpu.interface import Clock, moment
 from fray.backend.tpu.types import Lease, OnProgress, Progress, SliceChoice, SliceGroup, SliceRequest, SliceState
@@ -196,7 +196,9 @@ class Pursuit:
             with suppress(PlatformError):  # the record before it says as much: a client that is gone
                 self._store.save(self.intent)
             asked = [one for one in self.intent.candidates if one.asked_at is not None and not one.is_gone]
-            reasons = self._remover.remove([Target.of_candidate(self.intent, one) for one in asked])
+            # Where Google could not be reached for minutes it is not tried for as long again.
+            patience = SETTLE_SECONDS if isinstance(error, ConnectionFailedError) else None
+            reasons = self._remover.remove([Target.of_candidate(self.intent, one) for one in asked], patience)
             failed = [reason for reason in reasons if reason is not None]
             if not failed:
                 self._store.remove(self.name)

@@ -79,12 +79,13 @@ class Remover:
         self._timeout_seconds = timeout_seconds
         self._workers = workers
 
-    def remove(self, targets: Sequence[Target]) -> list[str | None]:
+    def remove(self, targets: Sequence[Target], timeout_seconds: float | None = None) -> list[str | None]:
         """Remove all of them, at the same time; return for each why it is not seen to be gone, None where it is."""
-        return at_once(self._remove, targets, self._workers)
+        seconds = self._timeout_seconds if timeout_seconds is None else min(timeout_seconds, self._timeout_seconds)
+        return at_once(lambda target: self._remove(target, seconds), targets, self._workers)
 
-    def _remove(self, target: Target) -> str | None:
-        deadline = max(self._clock.now() + self._timeout_seconds, target.settled_at + _LONGEST_DELAY_SECONDS)
+    def _remove(self, target: Target, timeout_seconds: float) -> str | None:
+        deadline = max(self._clock.now() + timeout_seconds, target.settled_at + _LONGEST_DELAY_SECONDS)
         delay = _FIRST_DELAY_SECONDS
         deletion = _Deletion()
         trouble = ""
@@ -100,7 +101,7 @@ class Remover:
             except FrayError as error:
                 trouble = str(error)
             if self._clock.now() + delay > deadline:
-                return f"{target.name}: {trouble}, after {self._timeout_seconds:.0f} s of trying"
+                return f"{target.name}: {trouble}, after {timeout_seconds:.0f} s of trying"
             self._api.pause(delay)
             delay = min(2 * delay, _LONGEST_DELAY_SECONDS)
 

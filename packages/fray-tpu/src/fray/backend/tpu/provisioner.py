@@ -95,7 +95,8 @@ class TpuProvisioner(Provisioner):
         self._delete_timeout_seconds = delete_timeout_seconds
         self._workers = parallel_calls
         self._calls_per_second = calls_per_second
-        # What was created through this object and is not deleted: its pursuit until it is ready, then the group.
+        # What was created through this object and is not deleted, by request: its pursuit until it is ready, then the
+        # group. Of one name there may be several, in different zones.
         self._created: dict[str, Pursuit | SliceGroup] = {}
 
     @cached_property
@@ -135,13 +136,13 @@ class TpuProvisioner(Provisioner):
         except BaseException:
             claim.release()
             raise
-        self._created[request.name] = pursuit
+        self._created[intent.id] = pursuit
         with self._or_nothing(pursuit):
             return pursuit.start()
 
     def wait_ready(self, name: str, on_progress: OnProgress | None = None) -> SliceGroup:  # noqa: D102
-        pursuit = self._created.get(name)
-        if not isinstance(pursuit, Pursuit):
+        pursuit = self._pursued(name)
+        if pursuit is None:
             taken_up = self._take_up(name)
             if taken_up is None:
                 group = self.describe(name)
@@ -151,10 +152,10 @@ class TpuProvisioner(Provisioner):
                     f"{name} is {group.state}{f' ({group.message})' if group.message else ''} and nobody asks for it "
                     "any more: delete it (`fray tpu down`) and create it again"
                 )
-            pursuit = self._created[name] = taken_up
+            pursuit = self._created[taken_up.intent.id] = taken_up
         with self._or_nothing(pursuit):
             group = pursuit.finish(on_progress)
-        self._created[name] = group
+        self._created[pursuit.intent.id] = group
         return group
 
     def list(self, *, all_owners: bool = False) -> builtins.list[SliceGroup]:  # noqa: D102
@@ -176,22 +177,26 @@ class TpuProvisioner(Provisioner):
                     f"{group.name} in {group.zone} is {whose}, and not {self.owner}'s: `fray tpu gc --all-owners` "
                     "deletes others' slices whose lease has ended"
                 )
-        in_flight = sorted(name for name in {*names, *(group.name for group in groups)} if self._is_in_flight(name))
+        # Of a name there may be a request in flight, and slices in another zone too.
+        requested = {name: intent for name in names if (intent := self._in_flight(name))}
+        for group in groups:
+            intent = self._in_flight(group.name)
+            if intent and intent == group.labels.get(_labels.INTENT):
+                requested[group.name] = intent
         if names:
-            known = self.list()
-            groups += [group for group in known if group.name in names]
-            for name in sorted(names - {group.name for group in groups} - set(in_flight)):
+            groups += [group for group in self.list() if group.name in names and group not in groups]
+            for name in sorted(names - {group.name for group in groups} - requested.keys()):
                 raise self._not_found(name)
         failed: builtins.list[str] = []
-        for name in in_flight:
+        for name in sorted(requested):
             failed += self._give_up(name)
-        left = [group for group in groups if group.name not in in_flight]
+        left = [group for group in groups if requested.get(group.name) != group.labels.get(_labels.INTENT)]
         # On disk first: who begins to delete and dies has said that it is not wanted any more.
         recorded = {group.name for group in left if self._record_deletion(group)}
         reasons = self._remover.remove([Target.of_group(group) for group in left])
         for group, reason in zip(left, reasons, strict=True):
             if reason is None:
-                self._created.pop(group.name, None)
+                self._created.pop(group.labels.get(_labels.INTENT, ""), None)
                 if group.name in recorded:
                     self._store.remove(group.name)
             else:
@@ -261,9 +266,17 @@ class TpuProvisioner(Provisioner):
         return GcReport(tuple(deleted), tuple(spared), tuple(failed))
 
     def delete_created(self) -> None:  # noqa: D102
-        created = [one.name if isinstance(one, Pursuit) else one for one in self._created.values()]
-        if created:
-            self.delete(*created)
+        failed: builtins.list[str] = []
+        for one in builtins.list(self._created.values()):
+            if isinstance(one, Pursuit):
+                failed += self._give_up(one.name)
+        try:
+            if groups := [one for one in self._created.values() if isinstance(one, SliceGroup)]:
+                self.delete(*groups)
+        except DeletionFailedError as error:
+            failed.append(str(error))
+        if failed:
+            raise DeletionFailedError("; ".join(failed))
 
     def close(self) -> None:  # noqa: D102
         for one in self._created.values():
@@ -311,7 +324,7 @@ class TpuProvisioner(Provisioner):
         try:
             yield
         except BaseException as error:
-            self._created.pop(pursuit.name, None)
+            self._created.pop(pursuit.intent.id, None)
             pursuit.give_up(error)
             raise
 
@@ -332,14 +345,22 @@ class TpuProvisioner(Provisioner):
         claim.release()
         return None
 
-    def _is_in_flight(self, name: str) -> bool:
-        return isinstance(self._created.get(name), Pursuit) or self._store.load(name) is not None
+    def _pursued(self, name: str) -> Pursuit | None:
+        """Return what this object is after under a name: there is one at most, for its lock is held."""
+        return next((one for one in self._created.values() if isinstance(one, Pursuit) and one.name == name), None)
+
+    def _in_flight(self, name: str) -> str | None:
+        """Return which request of this name is not ready, or is being deleted; None where there is none."""
+        pursuit = self._pursued(name)
+        intent = pursuit.intent if pursuit is not None else self._store.load(name)
+        return intent.id if intent is not None else None
 
     def _give_up(self, name: str) -> builtins.list[str]:
         """Delete what there may be of a request that is not ready; return what could not be deleted."""
-        pursuit = self._created.pop(name, None)
+        pursuit = self._pursued(name)
         try:
-            if isinstance(pursuit, Pursuit):
+            if pursuit is not None:
+                del self._created[pursuit.intent.id]
                 pursuit.give_up(ProvisioningError("it was not wanted any more"))
                 return []
             reason = self._remove_abandoned(Doomed(name, "deleted", self.owner, ()), force=True)

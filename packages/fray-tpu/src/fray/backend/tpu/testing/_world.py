@@ -391,6 +391,7 @@ class World:
             return
         node = copy_of(spec)
         node.name, node.queued_resource, node.multislice_node = name, owner, is_multislice
+        node.scheduling_config.spot = "spot" in self._resources[owner].message
         tpu_v2.Node.pb(node).create_time.FromNanoseconds(int(self.now() * 1e9))
         entry = JournalEntry("node", name, dict(spec.labels), self.now(), billed_from=self.now())
         self.journal.append(entry)
