@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 import urllib.request
@@ -17,7 +18,7 @@ import ray
 from fray import errors
 from fray.backend.tpu import SliceChoice, SliceState, SystemClock, TpuProvisioner
 from fray.backend.tpu._startup import RayJoin, startup_script
-from fray.backend.tpu.testing import FakeCloud, Machines, Supply
+from fray.backend.tpu.testing import Ending, FakeCloud, Machines, Supply
 from fray.backend.tpu.testing._machines import _marked, topology_of
 from tests.ray.conftest import RayHead
 from tests.tpu.cloud_harness import ZONE, request_of
@@ -77,6 +78,31 @@ def test_a_host_runs_its_script_and_ends_with_all_that_it_started(cloud: FakeClo
         assert all(len(_marked(mark)) >= 3 for mark in marks)
     assert machines.wait_for("train", 0)
     assert [pid for mark in marks for pid in _marked(mark)] == []
+
+
+def test_a_request_is_its_clients_until_that_is_killed(cloud: FakeCloud, tmp_path: Path) -> None:
+    cloud.offer(Supply(Ending.NEVER, delete_seconds=0.2))
+    program = (
+        "from fray.backend.tpu import *\n"
+        f"client = TpuProvisioner({cloud.project!r}, endpoint={cloud.address!r}, owner='jane', "
+        f"state_directory={str(tmp_path)!r})\n"
+        f"client.create(SliceRequest('train', SliceChoice('v4-16', {ZONE!r})))\n"
+        "client.wait_ready('train', lambda progress: print('waits', flush=True))\n"
+    )
+    client = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert client.stdout is not None
+    try:
+        assert client.stdout.readline() == "waits\n"
+        jane = provisioner(cloud, tmp_path)
+        assert jane.reconcile().deleted == ()
+        assert len(cloud.existing()) == 1
+    finally:
+        client.kill()
+        client.wait()
+        client.stdout.close()
+    assert [one.name for one in jane.reconcile().deleted] == ["train"]
+    assert cloud.existing() == []
+    jane.close()
 
 
 def test_processes_do_not_live_in_virtual_time(tmp_path: Path) -> None:
