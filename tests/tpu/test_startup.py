@@ -8,9 +8,11 @@ import os
 import re
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zipfile
@@ -571,6 +573,106 @@ def test_it_runs_in_a_debian_root_up_to_where_it_needs_a_tpu(
     (start,) = [json.loads(line) for line in (stub / "starts").read_text().splitlines()]
     assert start["arguments"][:3] == ["start", "--address=10.128.0.2:6379", '--resources={"TPU": 4}']
     assert start["environment"]["RAY_AUTH_TOKEN_PATH"] == "/opt/fray/ray-token"
+
+
+# With Ray itself
+
+RAY_PROGRAM = """
+import json, os, ray
+
+@ray.remote(num_cpus=0, resources={"TPU-v5litepod-16-head": 1, "TPU": 4})
+def look():
+    node = ray.get_runtime_context().get_node_id()
+    (found,) = [each for each in ray.nodes() if each["NodeID"] == node]
+    return {"resources": found["Resources"], "labels": found["Labels"]}
+
+@ray.remote(num_cpus=0, resources={"train-0": 1, "TPU": 4}, max_retries=0)
+def train(events, gate):
+    print("trains", file=open(events, "w"), flush=True)
+    open(gate).read()
+
+ray.init(address=os.environ["ADDRESS"], log_to_driver=False)
+print(json.dumps(ray.get(look.remote())), flush=True)
+try:
+    ray.get(train.remote(os.environ["EVENTS"], os.environ["GATE"]))
+except ray.exceptions.RayError as error:
+    print(type(error).__name__, flush=True)
+"""
+
+
+@pytest.mark.xdist_group("ray")
+def test_a_host_joins_ray_as_run_on_tpu_wants_it_and_leaves_when_it_is_preempted(
+    nodes: MemoryNodes, serve: Callable[..., HostServices], tmp_path: Path
+) -> None:
+    ray = Path(sys.executable).with_name("ray")
+    gate, events = tmp_path / "gate", tmp_path / "events"
+    os.mkfifo(gate)
+    os.mkfifo(events)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "TPU_", "FRAY_"))},
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "disabled",
+    }
+    temporary = tempfile.mkdtemp(prefix="fray-ray-", dir="/tmp")  # Ray's sockets need a short path
+    head_command = ["start", "--head", f"--port={address.rpartition(':')[2]}"]
+    head_command += ["--num-cpus=1", "--include-dashboard=false", f"--temp-dir={temporary}", "--block"]
+    services = serve()
+    script = tmp_path / "startup-script"
+    script.write_text(startup_script("v5litepod-16", RayJoin(address, "2.60.0", "3.11"), lease_seconds=16))
+    script.chmod(0o755)
+    joining = {
+        **environment,
+        **services.environment(),
+        "FRAY_TPU_DIRECTORY": str(tmp_path / "opt-fray"),
+        "FRAY_RAY": str(ray),
+        "FRAY_RAY_OPTIONS": "--num-cpus=1",
+        "FRAY_TPU_CHIPS": "4",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",
+    }
+    driving = {**environment, "ADDRESS": address, "EVENTS": str(events), "GATE": str(gate)}
+    head = subprocess.Popen(
+        [str(ray), *head_command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    with (tmp_path / "log").open("wb") as log:
+        host = subprocess.Popen([str(script)], env=joining, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    driver = subprocess.Popen([sys.executable, "-c", RAY_PROGRAM], env=driving, stdout=subprocess.PIPE, text=True)
+    try:
+        assert driver.stdout is not None
+        seen = json.loads(driver.stdout.readline())
+        assert {name: seen["resources"][name] for name in ("TPU", "train-0", "TPU-v5litepod-16-head")} == {
+            "TPU": 4,
+            "train-0": 1,
+            "TPU-v5litepod-16-head": 1,
+        }
+        labels = {name.removeprefix("ray.io/"): value for name, value in seen["labels"].items()}
+        assert labels["tpu-slice-name"] == "train-0"
+        assert labels["tpu-worker-id"] == "0"
+        assert labels["tpu-topology"] == "4x4"
+        assert labels["tpu-pod-type"] == "v5litepod-16"
+        assert events.read_text() == "trains\n"
+        before = nodes.lease
+        assert services.wait_for("PATCH", NODE)
+        assert before is not None
+        assert nodes.lease is not None
+        assert nodes.lease > before
+        services.preempt()
+        assert host.wait(DEADLINE_SECONDS) == 0
+        assert driver.stdout.readline().strip() in ("NodeDiedError", "WorkerCrashedError", "NodePreemptedError")
+        assert "leaving: worker 0 of train-0 is being preempted" in (tmp_path / "log").read_text()
+    finally:
+        for process in (driver, host, head):
+            process.terminate()
+            try:
+                process.wait(DEADLINE_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        assert driver.stdout is not None
+        driver.stdout.close()
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def test_the_package_has_what_the_script_is_made_of() -> None:

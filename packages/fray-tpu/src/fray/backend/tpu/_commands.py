@@ -69,8 +69,7 @@ def up(
     request: SliceRequest,
     *,
     no_wait: Annotated[
-        bool,
-        typer.Option("--no-wait", help="Return when it is asked for; `fray tpu up` of this machine may wait later."),
+        bool, typer.Option("--no-wait", help="Return when it is asked for; `fray tpu wait` takes it up.")
     ] = False,
     project: Project = None,
     fake: Fake = False,
@@ -80,7 +79,7 @@ def up(
 
     Ctrl-C deletes what was asked for, and so does whatever goes wrong.
     """
-    from fray.backend.tpu._display import WaitDisplay, group_as_plain, group_cost
+    from fray.backend.tpu._display import WaitDisplay
 
     with _provisioner(project, None, fake) as provisioner, WaitDisplay() as display:
         with _told_on_interrupt(request.name, display):
@@ -88,14 +87,22 @@ def up(
             if not no_wait:
                 group = provisioner.wait_ready(request.name, display)
         display.stop()
-        if as_json:
-            print_json(group_as_plain(group))
-            return
-        cost = group_cost(group)
-        until = f" until {group.lease.until:%Y-%m-%d %H:%M} UTC" if group.lease and group.lease.until else ""
-        say(f"{group.name} is {group.state}: {group.num_slices} x {group.accelerator_type} in {group.zone}{until}")
-        say(f"it costs {cost} an hour ({cost.note}); `fray tpu down {group.name}{' --fake' if fake else ''}` ends that")
-        print_lines([group.name])
+        _show_new(group, fake, as_json)
+
+
+@app.command("wait")
+def wait(name: Name, project: Project = None, fake: Fake = False, as_json: AsJson = False) -> None:
+    """Wait until what `up --no-wait` asked for is ready, and print its name.
+
+    Ctrl-C deletes it, and so does whatever goes wrong.
+    """
+    from fray.backend.tpu._display import WaitDisplay
+
+    with _provisioner(project, None, fake) as provisioner, WaitDisplay() as display:
+        with _told_on_interrupt(name, display):
+            group = provisioner.wait_ready(name, display)
+        display.stop()
+        _show_new(group, fake, as_json)
 
 
 @app.command("plan")
@@ -355,6 +362,19 @@ def types(
         print_json([type_as_plain(kind, region) for kind in chosen])
     else:
         print_types(chosen, region)
+
+
+def _show_new(group: SliceGroup, fake: bool, as_json: bool) -> None:
+    from fray.backend.tpu._display import group_as_plain, group_cost
+
+    if as_json:
+        print_json(group_as_plain(group))
+        return
+    cost = group_cost(group)
+    until = f" until {group.lease.until:%Y-%m-%d %H:%M} UTC" if group.lease and group.lease.until else ""
+    say(f"{group.name} is {group.state}: {group.num_slices} x {group.accelerator_type} in {group.zone}{until}")
+    say(f"it costs {cost} an hour ({cost.note}); `fray tpu down {group.name}{' --fake' if fake else ''}` ends that")
+    print_lines([group.name])
 
 
 @contextmanager

@@ -104,7 +104,7 @@ def _serve(directory: Path) -> None:
         cloud.offer(Supply(accept_seconds=0.2, queue_seconds=1.0, boot_seconds=2.0, delete_seconds=0.5))
         record = directory / "server.json"
         partial = record.with_suffix(".part")
-        partial.write_text(json.dumps({"address": cloud.address, "project": cloud.project}))
+        partial.write_text(json.dumps({"address": cloud.address, "project": cloud.project, "pid": os.getpid()}))
         partial.rename(record)
         print("serving", flush=True)
         calls, since = 0, time.monotonic()
@@ -114,7 +114,7 @@ def _serve(directory: Path) -> None:
                 calls, since = len(cloud.calls), time.monotonic()
             elif time.monotonic() - since > _IDLE_SECONDS:
                 break
-        record.unlink()
+        record.unlink(missing_ok=True)
 
 
 def _find(directory: Path) -> StandIn | None:
