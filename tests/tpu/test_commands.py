@@ -439,11 +439,20 @@ def test_doctor_finds_what_answers(fray: TpuCommand, cloud: FakeCloud) -> None:
 # The stand-in of --fake
 
 
-def test_the_stand_in_is_started_once_and_serves_every_command(fray: TpuCommand, tmp_path: Path) -> None:
-    directory = tmp_path / "own"
-    own = {"FRAY_TPU_FAKE_DIRECTORY": str(directory)}
+def test_the_stand_in_is_started_once_and_its_hosts_run_their_scripts(fray: TpuCommand, tmp_path: Path) -> None:
+    directory, stub, ray = tmp_path / "own", tmp_path / "stub", tmp_path / "ray"
+    stub.mkdir()
+    os.mkfifo(stub / "pipe")
+    ray.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name("stub_ray.py")} "$@"\n')
+    ray.chmod(0o755)
+    own = {"FRAY_TPU_FAKE_DIRECTORY": str(directory), "FRAY_RAY": str(ray), "STUB_RAY": str(stub)}
     try:
-        assert fray.tpu("up", "v5litepod-4", "--name", "train", "--fake", env=own).returncode == 0
+        arguments = ["v5litepod-8", "--name", "train", "--join-ray", "127.0.0.1:6379", "--fake"]
+        assert fray.tpu("up", *arguments, env=own).returncode == 0
+        with os.fdopen(os.open(stub / "pipe", os.O_RDWR)) as events:
+            assert events.readline() == "started 1\n"
+        start = json.loads((stub / "starts").read_text())
+        assert start["arguments"][:3] == ["start", "--address=127.0.0.1:6379", '--resources={"TPU": 8}']
         first = json.loads((directory / "server.json").read_text())
         assert "READY" in fray.tpu("list", "--fake", env=own).stdout
         assert fray.tpu("down", "train", "--fake", env=own).returncode == 0

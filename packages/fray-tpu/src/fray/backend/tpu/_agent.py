@@ -13,7 +13,7 @@ it imports the standard library only, nothing of Fray's, and runs on Python 3.8.
 `agent.py SETTINGS` reads a JSON file, beside which Ray's environment is, and the token is kept. The environment can
 replace what it talks to, for tests and simulations:
 `GCE_METADATA_HOST` (Google's own name for that), `FRAY_TPU_API`, `FRAY_SECRETS_API`, `FRAY_RAY` (the `ray` command),
-`FRAY_RAY_OPTIONS` (more options for it), `FRAY_TPU_CHIPS` (a number, where there is no TPU to be found).
+`FRAY_RAY_OPTIONS` (more options for it), `FRAY_TPU_CHIPS` (where there is no TPU to be found: a number, or `by-type`).
 """
 
 from __future__ import annotations
@@ -279,10 +279,11 @@ class Agent:
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     def _chips(self, host: Host) -> int:
-        if said := os.environ.get("FRAY_TPU_CHIPS"):
+        said = os.environ.get("FRAY_TPU_CHIPS", "")
+        if said.isdecimal():
             return int(said)
         found = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
-        if not found:
+        if not found and said != "by-type":
             raise OSError("waiting for the TPU: neither /dev/accel* nor /dev/vfio/* is there")
         chips: int = self._settings["chips"].get(host.accelerator_type, len(found))
         return chips

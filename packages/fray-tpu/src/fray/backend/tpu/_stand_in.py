@@ -1,7 +1,8 @@
 """The stand-in for Google that `fray tpu … --fake` talks to: one process for a user and machine, started when needed.
 
-It ends by itself when nothing has been there and nobody has asked for a while, so that a `down` leaves no process. Two
-that start at once are one: the second finds the lock taken and leaves.
+The hosts of its slices are processes too, which run their startup scripts. It ends by itself when nothing has been
+there and nobody has asked for a while, so that a `down` leaves no process. Two that start at once are one: the second
+finds the lock taken and leaves.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -100,8 +102,11 @@ def _serve(directory: Path) -> None:
     from fray.backend.tpu.interface import SystemClock
     from fray.backend.tpu.testing import FakeCloud, Supply
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # what leaves the cloud, and with it all hosts
     with FakeCloud(SystemClock()) as cloud:
         cloud.offer(Supply(accept_seconds=0.2, queue_seconds=1.0, boot_seconds=2.0, delete_seconds=0.5))
+        if sys.platform == "linux":
+            cloud.run_startup_scripts(directory / "hosts", environment=_of_hosts())
         record = directory / "server.json"
         partial = record.with_suffix(".part")
         partial.write_text(json.dumps({"address": cloud.address, "project": cloud.project, "pid": os.getpid()}))
@@ -115,6 +120,13 @@ def _serve(directory: Path) -> None:
             elif time.monotonic() - since > _IDLE_SECONDS:
                 break
         record.unlink(missing_ok=True)
+
+
+def _of_hosts() -> dict[str, str]:
+    """Return what hosts need that share a machine: its Ray, where it has one, few cores, and make-believe chips."""
+    ours = Path(sys.executable).with_name("ray")
+    ray = os.environ.get("FRAY_RAY") or (str(ours) if ours.exists() else "")
+    return {"FRAY_RAY": ray, "FRAY_RAY_OPTIONS": "--num-cpus=1", "FRAY_TPU_CHIPS": "by-type"}
 
 
 def _find(directory: Path) -> StandIn | None:

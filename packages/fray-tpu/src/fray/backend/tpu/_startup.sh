@@ -11,7 +11,8 @@ main() {
         again_and_again install_uv
         again_and_again install_ray
     fi
-    if [ -d /run/systemd/system ]; then
+    # A host that is simulated leaves the machine that it runs on alone.
+    if [ -d /run/systemd/system ] && [ -z "${GCE_METADATA_HOST:-}" ]; then
         install_service
     else
         exec python3 agent.py settings.json
