@@ -25,10 +25,10 @@ from tests.tpu.cloud_harness import ZONE, request_of
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="hosts as processes need Linux"),
-    pytest.mark.xdist_group("tpu-ray"),
+    pytest.mark.xdist_group("ray"),
 ]
 
-DEADLINE_SECONDS = 120
+DEADLINE_SECONDS = 240
 QUICK = Supply(accept_seconds=0.0, queue_seconds=0.2, boot_seconds=0.3, delete_seconds=0.2)
 TWO_HOSTS = SliceChoice("v4-16", ZONE)
 
@@ -123,6 +123,7 @@ def test_a_slice_has_its_shape(kind: str, shape: str) -> None:
     assert topology_of(kind) == shape
 
 
+@pytest.mark.timeout(900)  # on a busy machine Ray takes minutes to start, and to notice that a host is gone
 def test_slices_join_ray_are_taken_back_leave_it_and_are_deleted(cloud: FakeCloud, tmp_path: Path) -> None:
     head = RayHead(quick=True)
     try:
@@ -159,8 +160,11 @@ def test_slices_join_ray_are_taken_back_leave_it_and_are_deleted(cloud: FakeClou
 
 
 def tpu_hosts(head: RayHead, state: str) -> list[dict[str, Any]]:
-    with urllib.request.urlopen(f"{head.dashboard}/api/v0/nodes?detail=true", timeout=30) as answer:
-        found: list[dict[str, Any]] = json.load(answer)["data"]["result"]["result"]
+    try:
+        with urllib.request.urlopen(f"{head.dashboard}/api/v0/nodes?detail=true", timeout=30) as answer:
+            found: list[dict[str, Any]] = json.load(answer)["data"]["result"]["result"]
+    except OSError:
+        return []  # too busy to answer
     return [node for node in found if node["state"] == state and node["resources_total"].get("TPU")]
 
 
