@@ -145,7 +145,7 @@ def test_the_first_failure_stops_the_others_and_their_children(
     for rank in (0, 2):
         assert b"got TERM" in output.of(rank)
         child = int(output.of(rank)[0].split()[1])
-        assert not Path(f"/proc/{child}").exists() or _is_dead(child)
+        assert _is_dead(child)
 
 
 def test_one_may_fail_where_the_others_may_go_on(workers: list[Worker], options: SshOptions) -> None:
@@ -169,12 +169,48 @@ def test_a_worker_that_cannot_be_reached_says_why_and_stops_the_others(
     assert ends[0].was_stopped
 
 
-def test_a_command_that_ignores_being_stopped_is_killed(workers: list[Worker], options: SshOptions) -> None:
-    output = Output()
-    command = "trap '' TERM; echo $$; while :; do sleep 1000; done"
-    ends = run_on_workers(workers[:1], command, options, on_line=output, timeout_seconds=2)
-    assert ends == [WorkerEnd(0, 137, was_stopped=True)]
-    assert not Path(f"/proc/{output.of(0)[0].decode()}").exists() or _is_dead(int(output.of(0)[0]))
+@pytest.fixture
+def stopped(
+    tmp_path: Path, workers: list[Worker], options: SshOptions
+) -> Callable[[str, bytes], tuple[WorkerEnd, list[bytes]]]:
+    """Runs a command on a worker and stops it, by another's failure, when it has said something."""
+
+    def run(command: str, when: bytes) -> tuple[WorkerEnd, list[bytes]]:
+        gate = fifo(tmp_path / "gate")
+        both = (
+            f'case "$SSH_CONNECTION" in *" {workers[1].port}") cat {shlex.quote(str(gate))}; exit 7 ;; esac; {command}'
+        )
+        output = Output()
+        opener = output.when(lambda line: line.content == when, lambda: gate.write_text("go\n"))
+        end, other = run_on_workers(workers[:2], both, options, on_line=output)
+        opener.join(DEADLINE_SECONDS)
+        assert other == WorkerEnd(1, 7)
+        return end, output.of(0)
+
+    return run
+
+
+def test_a_command_that_ignores_being_stopped_is_killed(
+    stopped: Callable[[str, bytes], tuple[WorkerEnd, list[bytes]]],
+) -> None:
+    end, lines = stopped("trap '' TERM; echo $$; echo ready; while :; do sleep 1000; done", b"ready")
+    assert end == WorkerEnd(0, 137, was_stopped=True)
+    assert _is_dead(int(lines[0]))
+
+
+def test_a_child_that_outlives_its_parent_is_killed(
+    stopped: Callable[[str, bytes], tuple[WorkerEnd, list[bytes]]],
+) -> None:
+    program = "import signal as s; s.signal(s.SIGTERM, s.SIG_IGN); print('ready', flush=True); s.pause()"
+    end, lines = stopped(f"{sys.executable} -c {shlex.quote(program)} & echo $!; wait", b"ready")
+    assert end == WorkerEnd(0, 143, was_stopped=True)
+    (child,) = [int(line) for line in lines if line != b"ready"]
+    assert _is_dead(child)
+
+
+def test_what_still_runs_when_the_time_is_over_is_stopped(workers: list[Worker], options: SshOptions) -> None:
+    (end,) = run_on_workers(workers[:1], "sleep 1000", options, timeout_seconds=0.5)
+    assert end.was_stopped
 
 
 def test_a_lost_connection_is_a_failure_and_the_command_is_stopped(

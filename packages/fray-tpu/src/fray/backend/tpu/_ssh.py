@@ -36,23 +36,38 @@ _STARTED = b"\x1efray: started\x1e"
 _ENDED = re.compile(rb"(.*)\x1efray: ended (\d+)\x1e", re.DOTALL)
 
 # The command gets a session of its own. When the connection's input ends, for whatever reason, all of that session is
-# stopped: ssh would leave it running. `cat` reads descriptor 3, since a shell gives its background jobs no input.
+# stopped: ssh would leave it running. `cat` reads descriptor 3, since a shell gives its background jobs no input. The
+# signal tells the shell, whose `wait` it interrupts, that it is not over before the whole session is.
 _FAR_SIDE = """\
 printf '\\036fray: started\\036\\n' >&2
+is_stopped=
+trap 'is_stopped=yes' USR1
 exec 3<&0
 setsid "${SHELL:-/bin/sh}" -c "$1" </dev/null 3<&- &
 job=$!
 (
     cat <&3
+    kill -s USR1 "$$"
     kill -s TERM -- "-$job"
-    sleep "$2"
+    tenths=$(($2 * 10))
+    while [ "$tenths" -gt 0 ] && kill -s 0 -- "-$job"; do
+        sleep 0.1
+        tenths=$((tenths - 1))
+    done
     kill -s KILL -- "-$job"
 ) >/dev/null 2>&1 &
 watch=$!
 exec 3<&-
-wait "$job"
-code=$?
-kill "$watch" 2>/dev/null
+while :; do
+    wait "$job"
+    code=$?
+    kill -s 0 "$job" 2>/dev/null || break
+done
+if [ -n "$is_stopped" ]; then
+    wait "$watch"
+else
+    kill "$watch"
+fi 2>/dev/null
 printf '\\036fray: ended %s\\036\\n' "$code" >&2
 exit "$code"
 """
