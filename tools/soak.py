@@ -12,7 +12,7 @@ import time
 
 SUITES = ["tests/local/test_conformance.py", "tests/core/test_local_job_context.py::TestLocalJobContext"]
 SCHEDULES = ["tests/local/test_faults.py", "tests/local/test_environments.py", "tests/core/test_runner.py"]
-SCHEDULES += ["tests/ray/test_faults.py"]
+SCHEDULES += ["tests/ray/test_faults.py", "tests/tpu/test_schedules.py"]
 
 
 def main() -> int:

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from fray import plugins
+from fray.cli._plugin_commands import load_command
+from fray.errors import BackendNotFoundError
 from tests.core.cli_harness import DEADLINE_SECONDS, Command, install_command, interrupt, read_until
 
 SECRET = "s3cr3t-v4lue"
@@ -445,9 +448,14 @@ def test_an_engine_that_cannot_be_used_is_69(command: Command) -> None:
 
 def test_a_name_that_is_not_there_comes_with_what_to_do(command: Command) -> None:
     assert "did you mean 'run'?" in command("rnu").stderr
-    assert "pip install fray-tpu" in command("tpu", "gc").stderr
-    assert command("tpu", "gc").returncode == 2
+    assert command("rnu").returncode == 2
     assert "did you mean 'local'?" in command("list", "-c", "locl").stderr
+
+
+def test_a_command_whose_distribution_is_not_installed_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugins, "_entry_points", lambda group: {})
+    with pytest.raises(BackendNotFoundError, match="pip install fray-tpu"):
+        load_command("tpu")
 
 
 def test_help_and_version(command: Command) -> None:

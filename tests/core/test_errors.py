@@ -23,6 +23,8 @@ TREE: dict[str, tuple[str, type[Exception] | None]] = {
     "JobNotFoundError": ("UsageError", LookupError),
     "JobExistsError": ("UsageError", None),
     "JobNotFinishedError": ("UsageError", None),
+    "SliceNotFoundError": ("UsageError", LookupError),
+    "SliceExistsError": ("UsageError", None),
     "UnsupportedError": ("UsageError", NotImplementedError),
     "JobFailedError": ("FrayError", None),
     "WaitTimeoutError": ("FrayError", TimeoutError),
@@ -37,6 +39,8 @@ TREE: dict[str, tuple[str, type[Exception] | None]] = {
     "InvalidAcceleratorError": ("ProvisioningError", None),
     "ReservationError": ("ProvisioningError", None),
     "PreemptedError": ("ProvisioningError", None),
+    "ProvisioningTimeoutError": ("ProvisioningError", TimeoutError),
+    "DeletionFailedError": ("ProvisioningError", None),
 }
 
 FAILED = JobInfo(

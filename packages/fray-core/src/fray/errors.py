@@ -11,6 +11,8 @@ FrayError
 │   ├── JobNotFoundError (LookupError)
 │   ├── JobExistsError
 │   ├── JobNotFinishedError         purge of a running job
+│   ├── SliceNotFoundError (LookupError)
+│   ├── SliceExistsError
 │   └── UnsupportedError (NotImplementedError)
 ├── JobFailedError                  the job's: read its logs
 ├── HostFailedError                 the function's that run_on_tpu ran: it crashed or hung
@@ -25,7 +27,9 @@ FrayError
         ├── StockoutError
         ├── InvalidAcceleratorError
         ├── ReservationError
-        └── PreemptedError
+        ├── PreemptedError
+        ├── ProvisioningTimeoutError (TimeoutError)
+        └── DeletionFailedError     may still be billed: look
 ```
 
 A message says what failed, on what, why (quoting the engine's own words) and what to do next. Imports nothing.
@@ -43,6 +47,7 @@ __all__ = [
     "BackendLoadError",
     "BackendNotFoundError",
     "ConnectionFailedError",
+    "DeletionFailedError",
     "FrayError",
     "ImageBuildError",
     "InvalidAcceleratorError",
@@ -56,8 +61,11 @@ __all__ = [
     "PlatformError",
     "PreemptedError",
     "ProvisioningError",
+    "ProvisioningTimeoutError",
     "QuotaExceededError",
     "ReservationError",
+    "SliceExistsError",
+    "SliceNotFoundError",
     "StockoutError",
     "SubmissionError",
     "UnsupportedError",
@@ -104,6 +112,14 @@ class JobExistsError(UsageError):
 
 class JobNotFinishedError(UsageError):
     """Only a finished job can be purged."""
+
+
+class SliceNotFoundError(UsageError, LookupError):
+    """There are no slices of this name."""
+
+
+class SliceExistsError(UsageError):
+    """There are slices of this name already."""
 
 
 class UnsupportedError(UsageError, NotImplementedError):
@@ -162,7 +178,21 @@ class ProvisioningError(PlatformError):
 
 
 class QuotaExceededError(ProvisioningError):
-    """The project's quota does not allow the request."""
+    """The project's quota does not allow the request.
+
+    Attributes:
+        quota: Which, as the provider names it; None where it did not say.
+        limit: How much is allowed; None where it did not say.
+        region: Where; None where it did not say.
+    """
+
+    def __init__(
+        self, message: str = "", *, quota: str | None = None, limit: float | None = None, region: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.quota = quota
+        self.limit = limit
+        self.region = region
 
 
 class StockoutError(ProvisioningError):
@@ -179,3 +209,11 @@ class ReservationError(ProvisioningError):
 
 class PreemptedError(ProvisioningError):
     """The provider took the machines back more often than the caller allows."""
+
+
+class ProvisioningTimeoutError(ProvisioningError, TimeoutError):
+    """Machines did not come, or were not ready, in the time that was given them. They were given up."""
+
+
+class DeletionFailedError(ProvisioningError):
+    """Machines could not be deleted, or are not seen to be gone. They may still be billed."""

@@ -27,6 +27,7 @@ _LOADERS: dict[str, Callable[[str], Any]] = {
 }
 # What Fray reads or sets.
 _VARIABLES = {"FRAY_CLUSTER", "FRAY_JOB_ID", "FRAY_OUTPUT_DIR", "FRAY_ATTEMPT", "FRAY_JOB_CONTEXT"}
+_VARIABLES |= {"FRAY_TPU_OWNER", "FRAY_TPU_ENDPOINT", "FRAY_TPU_SSH", "FRAY_TPU_FAKE_DIRECTORY"}
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,13 @@ def examine(spec: str | None = None) -> Iterator[Check]:
     """
     yield Check(True, f"Python {platform.python_version()} at {sys.executable}")
     yield from _distributions()
-    backends: list[Any] = []
+    examined: list[tuple[str, str, Any]] = []
     for group, load in _LOADERS.items():
         for plugin in plugins.list_plugins(group):
             check, loaded = _loads(group, plugin, load)
             yield check
-            if loaded is not None and group == plugins.BACKENDS:
-                backends.append(loaded)
+            if group in (plugins.BACKENDS, plugins.PROVISIONERS) and hasattr(loaded, "doctor"):
+                examined.append((plugins._KINDS[group], plugin.name, loaded))
     yield from _variables()
     try:
         config = find_config()
@@ -68,8 +69,8 @@ def examine(spec: str | None = None) -> Iterator[Check]:
     else:
         named = ", ".join(sorted(config.clusters)) or "none"
         yield Check(True, f"configuration {config.path}, its clusters: {named}" if config.path else "no configuration")
-    for backend in backends:
-        yield from _own_checks(backend)
+    for kind, name, loaded in examined:
+        yield from _own_checks(kind, name, loaded)
     specs = [spec] if spec is not None else [None, *(name for name in config.clusters if name != config.default)]
     for each in specs:
         yield _reaches(each)
@@ -112,15 +113,15 @@ def _variables() -> Iterator[Check]:
             yield Check(True, f"{name} is set, which Fray does not read (misspelt?)")
 
 
-def _own_checks(backend: Any) -> Iterator[Check]:
+def _own_checks(kind: str, name: str, loaded: Any) -> Iterator[Check]:
     try:
-        for ok, what, remedy in backend.doctor():
+        for ok, what, remedy in loaded.doctor():
             yield Check(ok, what, remedy)
     except Exception as error:
         yield Check(
             False,
-            f"the checks of the backend {backend.name!r} failed: {type(error).__name__}: {error}",
-            "report it to whoever makes that backend",
+            f"the checks of the {kind} {name!r} failed: {type(error).__name__}: {error}",
+            f"report it to whoever makes that {kind}",
         )
 
 

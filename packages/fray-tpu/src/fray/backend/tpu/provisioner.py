@@ -1,0 +1,474 @@
+"""Slices through the queued resources of the Cloud TPU v2 API: the provisioner named `gcp-tpu`.
+
+A request is a record on this machine's disk (`_intents`), pursued until it is ready or nothing of it is left
+(`_pursuit`, `_removal`); from then on it is its labels (`_labels`) that say whose it is, to every machine.
+"""
+
+from __future__ import annotations
+
+import builtins
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fray.backend.tpu import _labels
+from fray.backend.tpu._api import Api, at_once, connect, project_of_environment
+from fray.backend.tpu._intents import Candidate, Claim, Intent, IntentState, IntentStore, default_directory
+from fray.backend.tpu._inventory import Inventory, node_names_of
+from fray.backend.tpu._owner import default_owner
+from fray.backend.tpu._pursuit import Pursuit
+from fray.backend.tpu._removal import Remover, Target
+from fray.backend.tpu._states import LEAST_FIRST
+from fray.backend.tpu.interface import Clock, Doomed, GcPlan, GcReport, Provisioner, SystemClock, moment
+from fray.backend.tpu.types import Lease, OnProgress, SliceGroup, SliceRequest, SliceState
+from fray.errors import (
+    DeletionFailedError,
+    FrayError,
+    InvalidTypeError,
+    InvalidValueError,
+    PlatformError,
+    ProvisioningError,
+    SliceExistsError,
+    SliceNotFoundError,
+    UnsupportedError,
+)
+
+if TYPE_CHECKING:
+    from google.cloud.tpu_v2 import TpuClient
+
+__all__ = ["TpuProvisioner"]
+
+
+class TpuProvisioner(Provisioner):
+    """Asks Google for TPU slices, watches them, and deletes them.
+
+    Nothing is called before a method is, and no credentials are looked for. One object is for one thread at a time.
+
+    Args:
+        project: Who pays; by default the project that the environment or gcloud's configuration names.
+        zones: Where `list`, `describe`, `delete` and `gc` look; by default everywhere.
+        owner: Whose the slices are; by default `$FRAY_TPU_OWNER`, else gcloud's account, else user and machine.
+        client: Google's client, made by the caller.
+        endpoint: `host:port` of a stand-in for Google's API (see `fray.backend.tpu.testing`), which is spoken to
+            without encryption and credentials; by default `$FRAY_TPU_ENDPOINT`.
+        clock: What time is told by.
+        state_directory: Where requests are recorded; by default the user's state directory.
+        delete_timeout_seconds: How long a deletion may take until it is seen to be done.
+        parallel_calls: How many calls are made at the same time, where they can be.
+        calls_per_second: How many are made in a second, over time.
+    """
+
+    def __init__(
+        self,
+        project: str | None = None,
+        zones: Sequence[str] | str | None = None,
+        *,
+        owner: str | None = None,
+        client: TpuClient | None = None,
+        endpoint: str | None = None,
+        clock: Clock | None = None,
+        state_directory: Path | str | None = None,
+        delete_timeout_seconds: float = 600.0,
+        parallel_calls: int = 8,
+        calls_per_second: float = 10.0,
+    ) -> None:
+        if isinstance(zones, str):
+            zones = [zones]
+        if zones is not None and not zones:
+            raise InvalidValueError("zones: name at least one, or give None to look everywhere")
+        if parallel_calls < 1 or calls_per_second <= 0 or delete_timeout_seconds <= 0:
+            raise InvalidValueError(
+                "parallel_calls, calls_per_second and delete_timeout_seconds are greater than 0, not "
+                f"{parallel_calls}, {calls_per_second} and {delete_timeout_seconds}"
+            )
+        self._given_project = project
+        self._zones = tuple(zones or ("-",))
+        self._given_owner = owner
+        self._client = client
+        self._endpoint = endpoint or os.environ.get("FRAY_TPU_ENDPOINT") or None
+        self._clock = clock or SystemClock()
+        self._state_directory = Path(state_directory) if state_directory is not None else None
+        self._delete_timeout_seconds = delete_timeout_seconds
+        self._workers = parallel_calls
+        self._calls_per_second = calls_per_second
+        # What was created through this object and is not deleted, by request: its pursuit until it is ready, then the
+        # group. Of one name there may be several, in different zones.
+        self._created: dict[str, Pursuit | SliceGroup] = {}
+
+    @cached_property
+    def project(self) -> str:
+        """Who pays."""
+        if self._given_project:
+            return self._given_project
+        if (named := os.environ.get("GOOGLE_CLOUD_PROJECT")) or self._endpoint is not None:
+            return named or "fray"
+        return project_of_environment()
+
+    @cached_property
+    def owner(self) -> str:
+        """Whose the slices are."""
+        return self._given_owner or default_owner()
+
+    @classmethod
+    def doctor(cls) -> Iterator[tuple[bool, str, str]]:  # noqa: D102
+        from fray.backend.tpu._doctor import checks
+
+        return checks()
+
+    def create(self, request: SliceRequest) -> SliceGroup:  # noqa: D102
+        if not isinstance(request, SliceRequest):
+            raise InvalidTypeError(f"request: {request!r} is no SliceRequest")
+        claim = self._store.claim(request.name)
+        if claim is None:
+            raise SliceExistsError(f"{request.name} is being asked for, or deleted, by a process on this machine")
+        try:
+            if self._store.load(request.name) is not None:
+                raise SliceExistsError(
+                    f"a request for {request.name} was left behind by a client that is gone: `fray tpu gc` deletes "
+                    "what there may be of it"
+                )
+            intent = Intent.of(request, self.project, self.owner, self._clock.now())
+            pursuit = self._pursuit(intent, request, claim)
+        except BaseException:
+            claim.release()
+            raise
+        self._created[intent.id] = pursuit
+        with self._or_nothing(pursuit):
+            return pursuit.start()
+
+    def wait_ready(self, name: str, on_progress: OnProgress | None = None) -> SliceGroup:  # noqa: D102
+        pursuit = self._pursued(name)
+        if pursuit is None:
+            taken_up = self._take_up(name)
+            if taken_up is None:
+                group = self.describe(name)
+                if group.state is SliceState.READY:
+                    return group
+                raise ProvisioningError(
+                    f"{name} is {group.state}{f' ({group.message})' if group.message else ''} and nobody asks for it "
+                    "any more: delete it (`fray tpu down`) and create it again"
+                )
+            pursuit = self._created[taken_up.intent.id] = taken_up
+        with self._or_nothing(pursuit):
+            group = pursuit.finish(on_progress)
+        self._created[pursuit.intent.id] = group
+        return group
+
+    def list(self, *, all_owners: bool = False) -> builtins.list[SliceGroup]:  # noqa: D102
+        return [group for group in self._inventory.groups() if all_owners or self._is_mine(group)]
+
+    def describe(self, name: str) -> SliceGroup:  # noqa: D102
+        found = [group for group in self._inventory.groups() if group.name == name]
+        if not found:
+            raise self._not_found(name)
+        return max(found, key=lambda group: (self._is_mine(group), LEAST_FIRST.index(group.state)))
+
+    def delete(self, *what: str | SliceGroup) -> None:  # noqa: D102
+        names = {one for one in what if isinstance(one, str)}
+        groups = [one for one in what if not isinstance(one, str)]
+        for group in groups:
+            if not self._is_mine(group):
+                whose = f"{group.lease.owner}'s" if group.lease else "not Fray's"
+                raise InvalidValueError(
+                    f"{group.name} in {group.zone} is {whose}, and not {self.owner}'s: `fray tpu gc --all-owners` "
+                    "deletes others' slices whose lease has ended"
+                )
+        # Of a name there may be a request in flight, and slices in another zone too.
+        requested = {name: intent for name in names if (intent := self._in_flight(name))}
+        for group in groups:
+            intent = self._in_flight(group.name)
+            if intent and intent == group.labels.get(_labels.INTENT):
+                requested[group.name] = intent
+        if names:
+            groups += [group for group in self.list() if group.name in names and group not in groups]
+            for name in sorted(names - {group.name for group in groups} - requested.keys()):
+                raise self._not_found(name)
+        failed: builtins.list[str] = []
+        for name in sorted(requested):
+            failed += self._give_up(name)
+        left = [group for group in groups if requested.get(group.name) != group.labels.get(_labels.INTENT)]
+        # On disk first: who begins to delete and dies has said that it is not wanted any more.
+        recorded = {group.name for group in left if self._record_deletion(group)}
+        reasons = self._remover.remove([Target.of_group(group) for group in left])
+        for group, reason in zip(left, reasons, strict=True):
+            if reason is None:
+                self._created.pop(group.labels.get(_labels.INTENT, ""), None)
+                if group.name in recorded:
+                    self._store.remove(group.name)
+            else:
+                failed.append(reason)
+        if failed:
+            raise DeletionFailedError(
+                f"may be left and billed: {'; '.join(failed)}. `fray tpu gc` tries again on this machine"
+            )
+
+    def renew(self, name: str, time_to_live_seconds: float) -> Lease:  # noqa: D102
+        if not time_to_live_seconds > 0:
+            raise InvalidValueError(f"time_to_live_seconds: {time_to_live_seconds} is not greater than 0")
+        group = self.describe(name)
+        if group.lease is None or not group.slices:
+            raise UnsupportedError(
+                f"{name} is {group.state} and has no slices yet: a queued request has no labels of its own, so its "
+                f"lease stays as it is, until {group.lease.until if group.lease else 'nobody knows when'}"
+            )
+        until = moment(int(self._clock.now())) + timedelta(seconds=int(time_to_live_seconds))
+        if group.lease.until is not None and group.lease.until >= until:
+            return group.lease
+
+        def renew_one(full_name: str) -> None:
+            node = self._api.get_node(full_name)
+            if node is None:
+                raise SliceNotFoundError(f"{full_name} was deleted while its lease was renewed")
+            # Read right before: others' changes of other labels stay.
+            self._api.set_labels(node, {**node.labels, _labels.LEASE_UNTIL: _labels.lease_value(until)})
+
+        there = {one.name for one in group.slices}
+        at_once(renew_one, [one for one in node_names_of(group) if one.rpartition("/")[2] in there], self._workers)
+        return Lease(group.lease.owner, group.lease.purpose, until)
+
+    def reconcile(self) -> GcReport:  # noqa: D102
+        doomed, unreadable = self._abandoned()
+        return self.gc(GcPlan(tuple(doomed), tuple(unreadable)))
+
+    def plan_gc(self, *, all_owners: bool = False) -> GcPlan:  # noqa: D102
+        doomed, unreadable = self._abandoned()
+        intents = {one.intent for one in doomed}
+        for group in self.list(all_owners=all_owners):
+            if group.labels.get(_labels.INTENT) not in intents and (reason := self._expired(group)):
+                owner = group.lease.owner if group.lease else ""
+                doomed.append(Doomed(group.name, reason, owner, (group.zone,), group))
+        return GcPlan(tuple(doomed), tuple(unreadable))
+
+    def gc(self, plan: GcPlan) -> GcReport:  # noqa: D102
+        deleted: builtins.list[Doomed] = []
+        spared: builtins.list[Doomed] = []
+        failed: builtins.list[tuple[Doomed, str]] = []
+
+        def remove(one: Doomed) -> str | None:
+            """Return why it is not gone; the empty string where it is to be spared."""
+            try:
+                return self._remove_abandoned(one) if one.group is None else self._remove_expired(one.group)
+            except FrayError as error:
+                return str(error)
+
+        outcomes = at_once(remove, plan.doomed, self._workers)
+        for one, outcome in zip(plan.doomed, outcomes, strict=True):
+            if outcome is None:
+                deleted.append(one)
+            elif not outcome:
+                spared.append(one)
+            else:
+                failed.append((one, outcome))
+        return GcReport(tuple(deleted), tuple(spared), tuple(failed))
+
+    def delete_created(self) -> None:  # noqa: D102
+        failed: builtins.list[str] = []
+        for one in builtins.list(self._created.values()):
+            if isinstance(one, Pursuit):
+                failed += self._give_up(one.name)
+        try:
+            if groups := [one for one in self._created.values() if isinstance(one, SliceGroup)]:
+                self.delete(*groups)
+        except DeletionFailedError as error:
+            failed.append(str(error))
+        if failed:
+            raise DeletionFailedError("; ".join(failed))
+
+    def close(self) -> None:  # noqa: D102
+        for one in self._created.values():
+            if isinstance(one, Pursuit):
+                one.release()
+        self._created.clear()
+        if self._client is None:
+            self._api.close()
+
+    # The parts
+
+    @cached_property
+    def _api(self) -> Api:
+        client = self._client
+        make: Callable[[], TpuClient] = (lambda: connect(self._endpoint)) if client is None else (lambda: client)
+        return Api(self.project, make, self._clock, calls_per_second=self._calls_per_second)
+
+    @cached_property
+    def _store(self) -> IntentStore:
+        return IntentStore(self._state_directory or default_directory(), self.project)
+
+    @cached_property
+    def _inventory(self) -> Inventory:
+        return Inventory(self._api, self._zones, self._workers)
+
+    @cached_property
+    def _remover(self) -> Remover:
+        return Remover(self._api, self._clock, self._delete_timeout_seconds, self._workers)
+
+    def _pursuit(self, intent: Intent, request: SliceRequest, claim: Claim) -> Pursuit:
+        return Pursuit(
+            intent,
+            request,
+            api=self._api,
+            clock=self._clock,
+            remover=self._remover,
+            store=self._store,
+            claim=claim,
+            workers=self._workers,
+        )
+
+    @contextmanager
+    def _or_nothing(self, pursuit: Pursuit) -> Iterator[None]:
+        """Whatever is raised, nothing of the request is left."""
+        try:
+            yield
+        except BaseException as error:
+            self._created.pop(pursuit.intent.id, None)
+            pursuit.give_up(error)
+            raise
+
+    # Requests on this machine
+
+    def _take_up(self, name: str) -> Pursuit | None:
+        """Look after a request that another process left in the queue; None where there is no such request."""
+        claim = self._store.claim(name)
+        if claim is None:
+            raise SliceExistsError(f"{name} is waited for, or deleted, by another process on this machine")
+        try:
+            intent = self._store.load(name)
+            if intent is not None and intent.request is not None and intent.state is IntentState.ASKED:
+                return self._pursuit(intent, intent.request, claim)
+        except BaseException:
+            claim.release()
+            raise
+        claim.release()
+        return None
+
+    def _pursued(self, name: str) -> Pursuit | None:
+        """Return what this object is after under a name: there is one at most, for its lock is held."""
+        return next((one for one in self._created.values() if isinstance(one, Pursuit) and one.name == name), None)
+
+    def _in_flight(self, name: str) -> str | None:
+        """Return which request of this name is not ready, or is being deleted; None where there is none."""
+        pursuit = self._pursued(name)
+        intent = pursuit.intent if pursuit is not None else self._store.load(name)
+        return intent.id if intent is not None else None
+
+    def _give_up(self, name: str) -> builtins.list[str]:
+        """Delete what there may be of a request that is not ready; return what could not be deleted."""
+        pursuit = self._pursued(name)
+        try:
+            if pursuit is not None:
+                del self._created[pursuit.intent.id]
+                pursuit.give_up(ProvisioningError("it was not wanted any more"))
+                return []
+            reason = self._remove_abandoned(Doomed(name, "deleted", self.owner, ()), force=True)
+        except DeletionFailedError as error:
+            reason = str(error)
+        return [reason] if reason else []
+
+    def _record_deletion(self, group: SliceGroup) -> bool:
+        """Record that a group is to be deleted; return whether that was done."""
+        claim = self._store.claim(group.name)
+        if claim is None:
+            return False  # a group of this name in another zone is being asked for: its record is not overwritten
+        try:
+            if self._store.load(group.name) is not None:
+                return False
+            target = Target.of_group(group)
+            self._store.save(
+                Intent(
+                    id=target.intent,
+                    name=group.name,
+                    project=self.project,
+                    owner=self.owner,
+                    state=IntentState.GIVEN_UP,
+                    created=self._clock.now(),
+                    candidates=[
+                        Candidate(
+                            full_name=target.full_name,
+                            zone=group.zone,
+                            node_names=target.node_names,
+                            asked_at=self._clock.now(),
+                            is_settled=True,
+                        )
+                    ],
+                    reason="deleted",
+                )
+            )
+        finally:
+            claim.release()
+        return True
+
+    def _abandoned(self) -> tuple[builtins.list[Doomed], builtins.list[str]]:
+        """Return the requests on this machine that nobody looks after, and the records that cannot be read."""
+        doomed: builtins.list[Doomed] = []
+        unreadable: builtins.list[str] = []
+        for name in self._store.names():
+            claim = self._store.claim(name)
+            if claim is None:
+                continue
+            try:
+                intent = self._store.load(name)
+            except PlatformError as error:
+                unreadable.append(str(error))
+                continue
+            finally:
+                claim.release()
+            if intent is not None:
+                reason = f"given up: {intent.reason}" if intent.reason else "the client that asked for it is gone"
+                doomed.append(
+                    Doomed(name, reason, _labels.label_value(intent.owner), intent.zones, None, intent=intent.id)
+                )
+        return doomed, unreadable
+
+    def _remove_abandoned(self, one: Doomed, *, force: bool = False) -> str | None:
+        claim = self._store.claim(one.name)
+        if claim is None and not force:
+            return ""  # somebody looks after it now
+        try:
+            intent = self._store.load(one.name)
+            if intent is None or (one.intent and intent.id != one.intent):
+                return ""
+            if claim is not None:
+                intent.state, intent.reason = IntentState.GIVEN_UP, intent.reason or one.reason
+                self._store.save(intent)
+            asked = [each for each in intent.candidates if each.asked_at is not None and not each.is_gone]
+            reasons = self._remover.remove([Target.of_candidate(intent, each) for each in asked])
+            if failed := [reason for reason in reasons if reason is not None]:
+                return "; ".join(failed)
+            if claim is not None:
+                self._store.remove(one.name)
+            return None
+        finally:
+            if claim is not None:
+                claim.release()
+
+    # Leases
+
+    def _is_mine(self, group: SliceGroup) -> bool:
+        return group.lease is not None and group.lease.owner == _labels.label_value(self.owner)
+
+    def _expired(self, group: SliceGroup) -> str:
+        """Return since when a group's lease is over, in words; nothing where it is not, or cannot be read."""
+        until = group.lease.until if group.lease is not None else None
+        if until is None or until >= moment(self._clock.now()):
+            return ""
+        return f"its lease ended {until:%Y-%m-%d %H:%M} UTC"
+
+    def _remove_expired(self, planned: SliceGroup) -> str | None:
+        group = self._inventory.refresh(planned)
+        if group is None:
+            return None
+        if group.labels.get(_labels.INTENT) != planned.labels.get(_labels.INTENT) or not self._expired(group):
+            return ""
+        (reason,) = self._remover.remove([Target.of_group(group)])
+        return reason
+
+    def _not_found(self, name: str) -> SliceNotFoundError:
+        where = "any zone" if self._zones == ("-",) else ", ".join(self._zones)
+        return SliceNotFoundError(
+            f"{self.owner} has no slices named {name!r} in {where} of project {self.project}: `fray tpu list` shows "
+            "what there is"
+        )
