@@ -50,15 +50,15 @@ def train(ctx: Any, checkpoints: str, seconds_per_epoch: float = 0.0) -> dict[st
         return weights - LEARNING_RATE * gradient / jax.device_count(), value / jax.device_count()
 
     newest = max(Path(checkpoints).glob("epoch-*.npz"), default=None)
-    epoch, weights = 0, jnp.zeros(FEATURES)
+    begin, weights = 0, jnp.zeros(FEATURES)
     if newest is not None:
         with np.load(newest) as saved:
-            epoch, weights = int(saved["epoch"]) + 1, jnp.asarray(saved["weights"])
+            begin, weights = int(saved["epoch"]) + 1, jnp.asarray(saved["weights"])
     if rank == 0:
-        print(f"attempt {ctx.attempt}: {jax.device_count()} devices on {world} hosts, from epoch {epoch}", flush=True)
+        print(f"attempt {ctx.attempt}: {jax.device_count()} devices on {world} hosts, from epoch {begin}", flush=True)
 
     value = 0.0
-    for epoch in range(epoch, EPOCHS):
+    for epoch in range(begin, EPOCHS):
         weights, loss_now = step(weights, inputs, targets)
         value = float(loss_now)
         time.sleep(seconds_per_epoch)

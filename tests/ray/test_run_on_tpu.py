@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -484,6 +485,54 @@ def test_a_job_of_the_cluster_calls_it(tpus: TpuHarness, tmp_path: Path) -> None
     assert info.exit_code == 0, log
     assert "[(0, 0), (0, 1), (1, 0), (1, 1)]" in log
     assert "[slice 1, host 0] in the job\n" in log
+
+
+def test_jax_computes_on_all_hosts_together(tpus: TpuHarness) -> None:
+    def adds_up(ctx: Any) -> Any:
+        import jax
+        import jax.numpy as jnp
+        from jax.experimental import multihost_utils
+
+        rank = ctx.slice_id * ctx.num_hosts + ctx.host_id
+        # The coordinator's address is what Fray has set.
+        jax.distributed.initialize(num_processes=ctx.num_slices * ctx.num_hosts, process_id=rank)
+        gathered = multihost_utils.process_allgather(jnp.array([10**rank]))
+        return int(gathered.sum()), jax.process_count(), jax.process_index()
+
+    results = tpus.cluster.run_on_tpu(adds_up, tpus.config(), RuntimeEnv(env={"JAX_PLATFORMS": "cpu"}))
+    assert results == [(1111, 4, rank) for rank in range(4)]
+
+
+def test_training_goes_on_from_its_checkpoint_after_a_slice_was_lost(tpus: TpuHarness, tmp_path: Path) -> None:
+    """What `examples/tpu_psum` does."""
+    example = Path(__file__).parents[2] / "examples" / "tpu_psum"
+
+    def run(ctx: Any, checkpoints: str = str(tmp_path)) -> Any:
+        from train import train  # type: ignore[import-not-found]
+
+        return train(ctx, checkpoints, seconds_per_epoch=0.02)
+
+    def preempt() -> None:
+        until((tmp_path / "epoch-00010.npz").exists, "epoch 10")
+        tpus.slices.take_away(1)
+        tpus.slices.bring_back(1)
+
+    preempting = threading.Thread(target=preempt)
+    preempting.start()
+    env = RuntimeEnv(env={"JAX_PLATFORMS": "cpu"}, working_dir=str(example))
+    results = tpus.cluster.run_on_tpu(run, tpus.config(), env)
+    preempting.join()
+    assert [each["rank"] for each in results] == [0, 1, 2, 3]
+    assert {each["attempt"] for each in results} == {2}
+    assert {each["loss"] for each in results} == {results[0]["loss"]}
+    assert results[0]["error"] < 0.02
+    history = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    # None was left out; the one that was under way when the slice went may be there twice.
+    assert sorted({line["epoch"] for line in history}) == list(range(60))
+    assert len(history) <= 61
+    again = next(line for line in history if line["attempt"] == 2)
+    assert again["epoch"] >= 10
+    assert again["loss"] < history[5]["loss"]
 
 
 def test_the_former_names_do_the_same(tpus: TpuHarness) -> None:

@@ -130,7 +130,7 @@ def available_resources() -> dict[str, dict[str, float]]:
     """Return what each node of the cluster that this process is connected to has free: node id → resources."""
     from ray._private.state import available_resources_per_node
 
-    found: dict[str, dict[str, float]] = available_resources_per_node()
+    found: dict[str, dict[str, float]] = available_resources_per_node()  # type: ignore[no-untyped-call]
     return found
 
 

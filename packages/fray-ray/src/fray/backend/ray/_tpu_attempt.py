@@ -138,7 +138,7 @@ class Attempt:
 
         num_hosts = self._num_hosts
         prefixes = [f"[slice {index // num_hosts}, host {index % num_hosts}] " for index in range(len(self._hosts))]
-        here = ray.util.get_node_ip_address()
+        here = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         board = Switchboard(here, prefixes, lambda index, kind, said: self._events.put((index, kind, said)))
         self._switchboard = board
         # An actor, and no task: of a task Ray starts workers on the caller's machine too, in case it should run there.
@@ -163,7 +163,7 @@ class Attempt:
             runtime_env = dict(self._environment.runtime_env)
             # A variable of its own, and so a process of its own: no other that has imported something is used again.
             runtime_env["env_vars"] = {**runtime_env.get("env_vars", {}), MARK: mark}
-            actor = remote.options(
+            actor: Any = remote.options(
                 num_cpus=resources.get("CPU", 0),
                 memory=int(resources["memory"]) if "memory" in resources else None,
                 resources={
@@ -280,7 +280,7 @@ class Attempt:
 
         cause: BaseException = error
         while isinstance(cause, RayTaskError):
-            cause = cause.cause  # type: ignore[assignment]
+            cause = cause.cause
         host = self._hosts[index]
         if isinstance(cause, ChipsHeldError):
             return AttemptError(Blame.HOST, PlatformError(f"{_place(host)}: {cause}"), [host])

@@ -133,8 +133,8 @@ def acquire(
             if len(free) < num_slices:
                 demand = demand or _Demand(kind, num_slices - len(free), view.names)
                 if demand.is_met():  # there are new ones: look at once
-                    demand = demand.withdraw()
-                    pause = _LOOK_SECONDS
+                    demand.withdraw()
+                    demand, pause = None, _LOOK_SECONDS
             time.sleep(min(pause * random.uniform(0.5, 1.5), max(0.0, give_up - now) + 0.01))
             pause = min(pause * 1.5, _LOOK_SECONDS_AT_MOST)
     finally:
@@ -146,7 +146,7 @@ def alive_nodes() -> dict[str, dict[str, Any]]:
     """Return the nodes of the cluster that are alive, by their ids."""
     import ray
 
-    return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+    return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
 
 
 class _View:

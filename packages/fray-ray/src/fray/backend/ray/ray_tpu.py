@@ -73,13 +73,13 @@ def run_on_tpu(
 
     if not ray.is_initialized():
         raise PlatformError("run_on_tpu needs a process that belongs to a Ray cluster: call ray.init() first")
-    if ray.util.client.ray.is_connected():
+    if ray.util.client.ray.is_connected():  # type: ignore[no-untyped-call]
         raise UnsupportedError(
             "run_on_tpu cannot be called through Ray Client (ray://…), whose connection the hosts cannot reach back "
             "over: submit a job that calls it (`fray run -c ray -- python train.py`)"
         )
     environment = _environment(runtime_env or RuntimeEnv(), defaults or {}, native or {})
-    function = ray.put(ray.cloudpickle.dumps(fn))
+    function = ray.put(ray.cloudpickle.dumps(fn))  # type: ignore[no-untyped-call]
     return run(function, kind, config, environment, setup_seconds=setup_seconds, pace=Pace(grace_seconds=grace_seconds))
 
 
