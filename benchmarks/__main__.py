@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import environments, jobs, listing, on_docker, on_ray, starting, watching
+from benchmarks import environments, jobs, listing, on_docker, on_ray, on_tpu, starting, watching
 from benchmarks.measuring import Comparison, Settings
 from benchmarks.report import as_document, machine_facts, print_table, save
 
@@ -26,6 +26,7 @@ _ROWS: dict[str, Callable[[Settings], list[Comparison]]] = {
     **environments.ROWS,
     **watching.ROWS,
     **on_ray.ROWS,
+    **on_tpu.ROWS,
     **on_docker.ROWS,
 }
 

@@ -27,6 +27,7 @@ TREE: dict[str, tuple[str, type[Exception] | None]] = {
     "SliceExistsError": ("UsageError", None),
     "UnsupportedError": ("UsageError", NotImplementedError),
     "JobFailedError": ("FrayError", None),
+    "HostFailedError": ("FrayError", None),
     "WaitTimeoutError": ("FrayError", TimeoutError),
     "PlatformError": ("FrayError", None),
     "ConnectionFailedError": ("PlatformError", ConnectionError),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fray import TpuRunConfig
@@ -58,16 +59,23 @@ class TpuHarness:
         return sum(node["Alive"] for node in ray.nodes())
 
     def left_behind(self) -> list[str]:
-        """What a run has left: processes on the hosts, groups and tasks in Ray, locks on the chips."""
+        """What a run has left: processes on the hosts, groups and actors in Ray, locks on the chips that are held."""
         import ray
         from ray.util.placement_group import placement_group_table
+        from ray.util.state import list_actors
 
-        found = [f"process {pid}: {_describe(pid)}" for pid in processes_of_runs()]
+        of_cluster = set(self.slices.processes())
+        found = [f"process {pid}: {_describe(pid)}" for pid in processes_of_runs() if pid in of_cluster]
+        found += [f"keeper {pid}: {_describe(pid)}" for pid in of_cluster if "_tpu_keeper" in _command(pid)]
+        actors = list_actors(
+            self.slices.dashboard, filters=[("class_name", "=", "HostProcess"), ("state", "!=", "DEAD")], limit=10_000
+        )
+        found += [f"actor {actor.actor_id}: {actor.state}" for actor in actors]
         groups = placement_group_table() or {}
         found += [f"group {name}: {group['state']}" for name, group in groups.items() if group["state"] != "REMOVED"]
         available, total = ray.available_resources(), ray.cluster_resources()
         found += [f"{name} in use" for name in total if name.startswith("TPU") and available.get(name) != total[name]]
-        return found + [str(path) for path in self.slices.folder.glob("*/libtpu_lockfile")]
+        return found + [str(path) for path in self.slices.folder.glob("*/libtpu_lockfile") if _is_held(path)]
 
     @contextmanager
     def leaving_nothing(self) -> Iterator[None]:
@@ -78,9 +86,25 @@ class TpuHarness:
             raise AssertionError(f"left behind: {self.left_behind()}") from None
 
 
+def _is_held(lockfile: Path) -> bool:
+    """Say whether a process holds a lock; a file that one left when it was killed is nobody's."""
+    with suppress(FileNotFoundError), lockfile.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _command(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return ""
+
+
 def _describe(pid: int) -> str:
     try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        command = _command(pid)
         names = [each for each in Path(f"/proc/{pid}/environ").read_text().split("\0") if each.startswith("FRAY_")]
     except OSError:
         return "ended"
