@@ -59,7 +59,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 soak: $(VENV)/.ready
-	$(BIN)/python tools/soak.py --rounds $(SOAK_ROUNDS)
+	$(BIN)/python tools/soak.py --rounds $(SOAK_ROUNDS) $(SOAK_ARGS)
 
 build: $(VENV)/.ready
 	rm -rf dist

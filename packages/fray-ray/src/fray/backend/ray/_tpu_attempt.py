@@ -189,14 +189,13 @@ class Attempt:
                 index, kind, said = self._events.get(timeout=_LOOK_SECONDS * 5)
             except queue.Empty:
                 index, kind, said = -1, b"?", None
+            before = self.step
             self._note(index, kind, said)
             if kind == HELLO and len(self._hello) == len(self._hosts):
                 self._go()
                 moved, give_up = time.monotonic(), None
-            elif kind == STEP:
-                step = int(said["step"])
-                if step > self.step:
-                    self.step, moved = step, time.monotonic()
+            elif self.step > before:
+                moved = time.monotonic()
             elif kind == b"":
                 self._take_result(index)
             elif kind in (CLOSED, GONE) and index not in self._results:
@@ -226,6 +225,8 @@ class Attempt:
             self._heard[index] = time.monotonic()
         if kind == HELLO:
             self._hello[index] = said
+        elif kind == STEP:  # it may come when the attempt has failed already, and counts nevertheless
+            self.step = max(self.step, int(said["step"]))
         elif kind == b"":
             self._done.add(index)
         elif kind == GONE:
@@ -338,10 +339,10 @@ class Attempt:
             suspects = {index for index in suspects if not self._answers(self._hosts[index])}
 
     def _lost_silently(self) -> list[Host]:
-        """Look for hosts that have gone without anything having failed: they say nothing any more."""
+        """Look for hosts that have gone without anything having failed: they say nothing any more, or have not yet."""
         quiet = time.monotonic() - _SILENCE_SECONDS
         assert self._switchboard is not None
-        silent = [i for i in self._hello if i not in self._results and self._heard.get(i, 0.0) < quiet]
+        silent = [i for i in range(len(self._hosts)) if i not in self._results and self._heard.get(i, 0.0) < quiet]
         if not silent:
             return []
         for index in silent:
