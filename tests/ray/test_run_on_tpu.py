@@ -189,6 +189,7 @@ def test_the_next_attempt_may_succeed(tpus: TpuHarness) -> None:
         ("import os; os._exit(3)", HostFailedError, "died"),
         ("raise MemoryError('all of it')", MemoryError, "all of it"),
         ("raise SystemExit(4)", SystemExit, "4"),
+        ("raise type('Odd', (Exception,), {'__reduce__': lambda self: 1 / 0})('x')", HostFailedError, "handed over"),
     ],
 )
 def test_an_end_of_any_kind_is_a_failure_and_not_a_preemption(

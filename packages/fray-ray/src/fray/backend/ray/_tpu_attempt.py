@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import Any
 
 from fray.backend.ray._tpu_frames import END, GO, GONE, HELLO, KILL, PING, PONG, STEP
-from fray.backend.ray._tpu_host import Assignment, ChipsHeldError, ExitedError, FunctionError, HostProcess
+from fray.backend.ray._tpu_host import Assignment, ChipsHeldError, ExitedError, FunctionError, HostProcess, OpaqueError
 from fray.backend.ray._tpu_keeper import MARK
 from fray.backend.ray._tpu_slices import Host, Reservation
 from fray.backend.ray._tpu_switchboard import CLOSED, Switchboard
@@ -115,6 +115,7 @@ class Attempt:
         self._results: dict[int, Any] = {}
         self._done: set[int] = set()  # Ray knows how their tasks ended
         self._gone: set[int] = set()
+        self._without_ray: set[int] = set()  # there, and no nodes of the cluster any more
         self._heard: dict[int, float] = {}
         self._switchboard: Switchboard | None = None
 
@@ -231,6 +232,8 @@ class Attempt:
             self._done.add(index)
         elif kind == GONE:
             self._gone.add(index)
+            if not said["raylet"]:
+                self._without_ray.add(index)
             if said["left"]:
                 self.held.append(self._hosts[index])
 
@@ -295,8 +298,11 @@ class Attempt:
         if isinstance(cause, OutOfMemoryError):
             said = f"run_on_tpu ran out of memory on {_place(host)}: {_first_lines(cause)}"
             return AttemptError(Blame.FUNCTION, _caused(HostFailedError(said), error), [host])
-        if cause is None or isinstance(cause, (RayError, RayTaskError)):
-            said = f"run_on_tpu: the process on {_place(host)} died: {_first_lines(cause or error)}"
+        if isinstance(cause, OpaqueError) or cause is None:
+            said = f"run_on_tpu: what the function raised on {_place(host)} cannot be handed over: {cause or error}"
+            return AttemptError(Blame.FUNCTION, _caused(HostFailedError(said), error), [host])
+        if isinstance(cause, RayError):
+            said = f"run_on_tpu: the process on {_place(host)} died: {_first_lines(cause)}"
             return AttemptError(Blame.FUNCTION, _caused(HostFailedError(said), error), [host])
         return AttemptError(Blame.FUNCTION, cause if cause is error else _caused(cause, error), [host])
 
@@ -309,10 +315,14 @@ class Attempt:
     def _lost(self, suspect: int | None) -> list[Host]:
         """Find the hosts that have gone, now that something is wrong: those that do not answer are asked Ray about."""
         assert self._switchboard is not None
-        suspects = {suspect} if suspect is not None else set()
+        suspects = set() if suspect is None or suspect in self._gone else {suspect}
         for index in range(len(self._hosts)):
-            if index in self._hello and index not in self._gone and not self._switchboard.send(index, PING):
+            if index not in self._hello or index in self._gone:
+                continue
+            if not self._switchboard.send(index, PING):
                 suspects.add(index)
+            elif index == suspect:
+                suspects.discard(index)  # its keeper answers for it
         asked = {i for i in self._hello if i not in self._gone and i not in suspects}
         give_up = time.monotonic() + _SILENCE_SECONDS
         while asked and time.monotonic() < give_up:
@@ -330,7 +340,7 @@ class Attempt:
             elif kind == CLOSED and index not in self._gone:
                 asked.discard(index)
                 suspects.add(index)
-        suspects |= asked
+        suspects |= asked | self._without_ray
         give_up = time.monotonic() + _VERDICT_SECONDS
         while True:
             lost = self._reservation.lost_hosts()
@@ -376,8 +386,8 @@ class Attempt:
             for index, actor in enumerate(self._actors):
                 if index in self._done and board.send(index, END):
                     actor.__ray_terminate__.remote()  # ends as a program does, its exit handlers called
-                elif not board.send(index, KILL):
-                    ray.kill(actor)  # nobody but Ray knows of its process yet, or any more
+                elif not board.send(index, KILL) and index not in self._hello:
+                    ray.kill(actor)  # nobody but Ray knows of its process yet
             self._await_gone()
         finally:
             board.close()

@@ -21,7 +21,16 @@ from fray.context import use_job_context
 from fray.detached import program, start_detached
 from fray.job import JobContext, TpuContext
 
-__all__ = ["Assignment", "ChipsHeldError", "ExitedError", "FunctionError", "RayTpuContext", "free_port", "HostProcess"]
+__all__ = [
+    "LOCKFILE_VARIABLE",
+    "Assignment",
+    "ChipsHeldError",
+    "ExitedError",
+    "FunctionError",
+    "HostProcess",
+    "OpaqueError",
+    "RayTpuContext",
+]
 
 LOCKFILE_VARIABLE = "FRAY_LIBTPU_LOCKFILE"
 """Names another lock file than libtpu's own, where hosts are only simulated."""
@@ -38,6 +47,10 @@ class ChipsHeldError(Exception):
 
 class FunctionError(Exception):
     """The function cannot be made on this host, so that no other attempt can do better there."""
+
+
+class OpaqueError(Exception):
+    """Stands for an exception of the function's that cannot be handed over; its traceback as text."""
 
 
 class ExitedError(Exception):
@@ -140,10 +153,25 @@ def _call(assignment: Assignment, function: bytes) -> Any:
             return fn(context)
     except SystemExit as error:
         raise ExitedError(error.code) from error
+    except Exception as error:
+        _check_travels(error)
+        raise
     finally:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):  # the function may have closed it
                 stream.flush()
+
+
+def _check_travels(error: Exception) -> None:
+    """Replace an exception that cannot be pickled, or made again from that: Ray's worker would die of it."""
+    import ray.cloudpickle
+
+    try:
+        ray.cloudpickle.loads(ray.cloudpickle.dumps(error))  # type: ignore[no-untyped-call]
+    except Exception:
+        import traceback
+
+        raise OpaqueError("".join(traceback.format_exception(error)).strip()) from None
 
 
 def free_port(wanted: int) -> int:

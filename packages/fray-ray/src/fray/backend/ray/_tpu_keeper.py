@@ -19,7 +19,7 @@ from contextlib import suppress
 from fray.backend.ray._tpu_frames import END, GO, GONE, HELLO, KILL, OUTPUT, PING, PONG, STEP, FrameReader, frame
 from fray.detached import leave_caller
 
-__all__ = ["marked_processes", "main"]
+__all__ = ["MARK", "main", "marked_processes"]
 
 MARK = "FRAY_TPU_RUN"
 """In the environment of the worker, and so of all that the function starts: which run and host they belong to."""
@@ -101,7 +101,7 @@ class _Keeper:
                     if kind == GO:
                         os.write(self._go, content + b"\n")
                     elif kind == PING:
-                        self._send(PONG, {"raylet": os.path.exists(f"/proc/{self._raylet}")})
+                        self._send(PONG, {"raylet": self._has_raylet()})
                     elif kind == KILL:
                         self._signal(signal.SIGTERM)
                         kill_at = time.monotonic() + self._grace
@@ -115,7 +115,11 @@ class _Keeper:
                 kill_at = None
         left = _end_all(self._mark, self._grace)
         self._drain()
-        self._send(GONE, {"left": left})
+        self._send(GONE, {"left": left, "raylet": self._has_raylet()})
+
+    def _has_raylet(self) -> bool:
+        """Whether this is a node of Ray's cluster still."""
+        return os.path.exists(f"/proc/{self._raylet}")
 
     def _send(self, kind: bytes, content: object) -> None:
         self._caller.sendall(frame(kind, content))  # type: ignore[arg-type]
