@@ -37,12 +37,18 @@ class Host:
         slice_name: Ray's name of its slice.
         worker_id: Its place in the slice (`TPU_WORKER_ID`).
         address: Its IP address.
+        head_resource: What Ray gives worker 0 of a slice, for others that reserve slices by it; empty elsewhere.
     """
 
     node_id: str
     slice_name: str
     worker_id: int
     address: str
+    head_resource: str = ""
+
+    def wanted(self, chips: int, resources: Mapping[str, float]) -> dict[str, float]:
+        """Return what is reserved of it: its chips, what the caller asks for beside them, and the slice's head."""
+        return {**resources, "TPU": float(chips), **({self.head_resource: 1.0} if self.head_resource else {})}
 
 
 class SetAside:
@@ -176,11 +182,13 @@ class _View:
             labels = node["Labels"]
             name, worker = labels.get(_SLICE), labels.get(_WORKER)
             if name and worker is not None and labels.get(_POD_TYPE) in pod_types(kind):
-                host = Host(node_id, name, int(worker), node["NodeManagerAddress"])
+                head = next(
+                    (each for each in node["Resources"] if each.startswith("TPU-") and each.endswith("-head")), ""
+                )
+                host = Host(node_id, name, int(worker), node["NodeManagerAddress"], head)
                 found.setdefault(name, {})[host.worker_id] = host
         view.names = sorted(found)
         available = available_resources() if found else {}
-        wanted = {**resources, "TPU": kind.chips_per_host}
         for name in view.names:
             hosts = [found[name][worker] for worker in range(kind.hosts) if worker in found[name]]
             if len(hosts) < kind.hosts:
@@ -190,7 +198,7 @@ class _View:
             if all(
                 available.get(host.node_id, {}).get(each, 0.0) >= quantity
                 for host in hosts
-                for each, quantity in wanted.items()
+                for each, quantity in host.wanted(kind.chips_per_host, resources).items()
             ):
                 view.free.append(name)
         return view
@@ -240,8 +248,7 @@ def _reserve(view: _View, names: list[str], resources: Mapping[str, float]) -> R
     hosts = [host for name in names for host in view.slices[name]]
     bundles, selectors = [], []
     for host in hosts:
-        bundle = {**resources, "TPU": float(view._kind.chips_per_host)}
-        bundles.append(bundle)
+        bundles.append(host.wanted(view._kind.chips_per_host, resources))
         selectors.append({_SLICE: host.slice_name, _WORKER: str(host.worker_id)})
     group = placement_group(bundles, strategy="STRICT_SPREAD", bundle_label_selector=selectors)
     try:
