@@ -588,13 +588,40 @@ def test_the_sample_meets_every_fault_and_every_end() -> None:
     assert {each.end for each in expected} == ends
 
 
-def run_schedule(tpus: TpuHarness, schedule: Schedule, folder: Path) -> None:
-    import ray
+def test_a_step_that_is_reported_as_the_attempt_ends_counts(
+    tpus: TpuHarness, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where a host that is asked to end writes a checkpoint."""
+    begun = tmp_path / "begun"
 
-    if not ray.is_initialized():
-        ray.init(tpus.slices.address, logging_level="WARNING")
+    def saves_when_asked_to_end(ctx: Any) -> None:
+        import signal
+        import sys
+        import time
+
+        def save(*_: Any) -> None:
+            ctx.report_step(9)
+            sys.exit()
+
+        if ctx.host_id == 0:
+            signal.signal(signal.SIGTERM, save)
+            begun.touch()
+            time.sleep(600)
+        while ctx.attempt == 1 and not begun.exists():
+            time.sleep(0.01)
+        if ctx.attempt == 1:
+            raise ValueError("the first")
+        raise KeyError("the second")
+
+    _join(tpus)
+    with tpus.leaving_nothing(), pytest.raises(KeyError, match="the second"):
+        tpus.cluster.run_on_tpu(saves_when_asked_to_end, tpus.config(1, failures=1))
+    assert "attempt 1 ended at step 9: ValueError: the first" in caplog.text
+
+
+def run_schedule(tpus: TpuHarness, schedule: Schedule, folder: Path) -> None:
+    _join(tpus)
     expected = expect(schedule)
-    tpus.whole()
     began = time.monotonic()
     try:
         with tpus.leaving_nothing():
@@ -612,6 +639,14 @@ def run_schedule(tpus: TpuHarness, schedule: Schedule, folder: Path) -> None:
         line = {**asdict(expected), "told": [], "seed": schedule.seed, "seconds": time.monotonic() - began}
         with open(report, "a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _join(tpus: TpuHarness) -> None:
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(tpus.slices.address, logging_level="WARNING")
+    tpus.whole()
 
 
 def _call_elsewhere(tpus: TpuHarness, schedule: Schedule, folder: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -362,13 +362,9 @@ class Attempt:
     def _answers(self, host: Host) -> bool:
         """Have a node run a trivial task: one that does is there."""
         import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        probe = ray.remote(num_cpus=0, max_retries=0)(_probe).options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(host.node_id, soft=False)
-        )
         try:
-            return bool(ray.get(probe.remote(), timeout=_SILENCE_SECONDS))
+            return bool(ray.get(self._on_node(lambda: True, host).remote(), timeout=_SILENCE_SECONDS))
         except Exception:
             time.sleep(_LOOK_SECONDS)
             return False
@@ -382,13 +378,16 @@ class Attempt:
         board = self._switchboard
         if board is None:
             return
+        unheard = []
         try:
             for index, actor in enumerate(self._actors):
                 if index in self._done and board.send(index, END):
                     actor.__ray_terminate__.remote()  # ends as a program does, its exit handlers called
                 elif not board.send(index, KILL) and index not in self._hello:
                     ray.kill(actor)  # nobody but Ray knows of its process yet
+                    unheard.append(index)
             self._await_gone()
+            self._end_unheard(unheard)
         finally:
             board.close()
 
@@ -408,9 +407,41 @@ class Attempt:
             self._note(index, kind, said)
         self.held += [self._hosts[i] for i in pending if self._hosts[i] not in self.held]
 
+    def _end_unheard(self, unheard: list[int]) -> None:
+        """End the workers of hosts that had not begun: Ray keeps those, idle, for as long as the caller lives."""
+        import ray
 
-def _probe() -> bool:
-    return True
+        if not unheard:
+            return
+
+        def end(marker: bytes) -> None:  # nested, so that it travels by value: a host without a job may have no fray
+            import os
+            import signal
+            from contextlib import suppress
+
+            for entry in os.listdir("/proc"):
+                with suppress(OSError, ValueError):
+                    pid = int(entry)
+                    with open(f"/proc/{pid}/environ", "rb") as file:
+                        if marker in file.read().split(b"\0"):
+                            os.kill(pid, signal.SIGKILL)
+
+        lost = {host.node_id for host in self._reservation.lost_hosts()}
+        refs = [
+            self._on_node(end, self._hosts[index]).remote(f"{MARK}={self._mark}-{index}".encode())
+            for index in unheard
+            if self._hosts[index].node_id not in lost
+        ]
+        if refs:
+            ray.wait(refs, num_returns=len(refs), timeout=_END_SECONDS, fetch_local=False)
+
+    def _on_node(self, fn: Callable[..., Any], host: Host) -> Any:
+        """Return a task of Ray's that runs on a host's node, and nowhere else."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        strategy = NodeAffinitySchedulingStrategy(host.node_id, soft=False)
+        return ray.remote(num_cpus=0, max_retries=0)(fn).options(scheduling_strategy=strategy)
 
 
 def _place(host: Host) -> str:
