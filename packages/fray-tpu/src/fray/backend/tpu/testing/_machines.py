@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import os
 import queue
+import shutil
 import signal
+import socket
 import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,7 @@ __all__ = ["Machine", "Machines"]
 _MARK = "FRAY_TPU_STAND_IN_HOST"
 _TICK_SECONDS = 0.05
 _LAST_RESORT_SECONDS = 10.0
+_OBJECT_STORE_BYTES = 80_000_000  # Ray takes no less than 75 MB
 _READY, _PREEMPTED = tpu_v2.Node.State.READY, tpu_v2.Node.State.PREEMPTED
 
 
@@ -43,6 +48,7 @@ class Machine:
         directory: Its files; what it says is in `log`.
         process: What runs the startup script; None where there is none.
         services: What it can reach.
+        ray_directory: Where its Ray keeps its files.
     """
 
     node: str
@@ -50,6 +56,8 @@ class Machine:
     directory: Path
     process: subprocess.Popen[bytes] | None
     services: HostServices
+    # A short path: Ray's sockets lie below it, and the kernel allows them a hundred characters.
+    ray_directory: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="frt-", dir="/tmp")))
 
     @property
     def log(self) -> str:
@@ -68,7 +76,9 @@ class Machines:
     Args:
         world: The slices.
         directory: Where each host gets a directory.
-        environment: More variables for the hosts, such as `FRAY_RAY`.
+        environment: More variables for the hosts. Unless they say otherwise, a host that joins a Ray cluster does so by
+            this environment's own Ray, with one core and as many chips as its type has; `FRAY_RAY_OPTIONS` has more
+            options for `ray start`.
         notice_seconds: Between the notice of a preemption and the end.
         secrets: Values in Secret Manager, by the full names of their versions.
     """
@@ -161,11 +171,14 @@ class Machines:
         path = machine.directory / "startup-script"
         path.write_text(script)
         path.chmod(0o700)
+        given = {**os.environ, **self._environment}
         variables = {
-            **os.environ,
+            **_of_shared_machine(),
+            **given,
+            "FRAY_RAY_OPTIONS": f"{_ray_options(machine)} {given.get('FRAY_RAY_OPTIONS', '')}".strip(),
             "FRAY_TPU_DIRECTORY": str(machine.directory / "fray"),
+            "FRAY_LIBTPU_LOCKFILE": str(machine.directory / "libtpu_lockfile"),
             **machine.services.environment(),
-            **self._environment,
             _MARK: machine.mark,
         }
         with (machine.directory / "log").open("ab") as log:
@@ -193,6 +206,7 @@ class Machines:
                 if machine.process is not None:
                     machine.process.wait()
                 machine.services.close()
+                shutil.rmtree(machine.ray_directory, ignore_errors=True)
             with self._changed:
                 self._machines.pop(node_id, None)
                 self._changed.notify_all()
@@ -239,6 +253,26 @@ def topology_of(accelerator_type: str) -> str:
     # Google writes the long side last, but for a single host's 2x2x1.
     shape = sorted(sides) if min(sides) > 1 else sorted(sides, reverse=len(sides) == 3)
     return "x".join(map(str, shape))
+
+
+def _of_shared_machine() -> dict[str, str]:
+    """Return what hosts are given that share a machine: its Ray, where it has one, and make-believe chips."""
+    ray = Path(sys.executable).with_name("ray")
+    return {"FRAY_TPU_CHIPS": "by-type", **({"FRAY_RAY": str(ray)} if ray.exists() else {})}
+
+
+def _ray_options(machine: Machine) -> str:
+    """Return the options by which Ray's nodes on one machine leave each other alone.
+
+    In one folder, nodes that start side by side choose the same names for their sockets, and only one of them joins.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        agent_port = probe.getsockname()[1]
+    return (
+        f"--num-cpus=1 --object-store-memory={_OBJECT_STORE_BYTES} --node-ip-address=127.0.0.1 "
+        f"--temp-dir={machine.ray_directory} --dashboard-agent-listen-port={agent_port}"
+    )
 
 
 def _kill_marked(mark: str) -> None:
