@@ -71,8 +71,6 @@ def use(provisioner: TpuProvisioner, head: str, checkpoints: str, look_seconds: 
     fleet = threading.Thread(target=keep, args=(provisioner, request, is_over, look_seconds))
     fleet.start()
     try:
-        # What the hosts print comes by itself; what Ray says of nodes that end is not for everybody.
-        ray.init(head, log_to_driver=False, logging_level="ERROR")
         with RayClusterContext(head) as cluster:
             results = cluster.run_on_tpu(
                 partial(train, checkpoints=checkpoints),
@@ -81,9 +79,9 @@ def use(provisioner: TpuProvisioner, head: str, checkpoints: str, look_seconds: 
                 fray.RuntimeEnv(working_dir=str(Path(__file__).parent)),
             )
     finally:
+        ray.shutdown()
         is_over.set()
         fleet.join()
-        ray.shutdown()
     for result in results:
         print(json.dumps(result))
     found, wanted = sum(result["total"] for result in results), expected(tpu_type(TYPE).hosts)

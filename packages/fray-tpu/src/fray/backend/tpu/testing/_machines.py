@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,12 @@ _MARK = "FRAY_TPU_STAND_IN_HOST"
 _TICK_SECONDS = 0.05
 _LAST_RESORT_SECONDS = 10.0
 _OBJECT_STORE_BYTES = 80_000_000  # Ray takes no less than 75 MB
+_AGENT_PORTS = (
+    "dashboard-agent-listen-port",
+    "dashboard-agent-grpc-port",
+    "runtime-env-agent-port",
+    "metrics-export-port",
+)
 _READY, _PREEMPTED = tpu_v2.Node.State.READY, tpu_v2.Node.State.PREEMPTED
 
 
@@ -262,17 +268,21 @@ def _of_shared_machine() -> dict[str, str]:
 
 
 def _ray_options(machine: Machine) -> str:
-    """Return the options by which Ray's nodes on one machine leave each other alone.
-
-    In one folder, nodes that start side by side choose the same names for their sockets, and only one of them joins.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        agent_port = probe.getsockname()[1]
-    return (
-        f"--num-cpus=1 --object-store-memory={_OBJECT_STORE_BYTES} --node-ip-address=127.0.0.1 "
-        f"--temp-dir={machine.ray_directory} --dashboard-agent-listen-port={agent_port}"
-    )
+    """Return the options by which Ray's nodes on one machine leave each other alone."""
+    # In one folder, nodes that start side by side choose the same names for their sockets. And a raylet that is not
+    # told where its agents listen ends when these have not said so within 15 s (Ray 2.60, hard-coded), which on a
+    # machine where several nodes start at the same time is too short.
+    options: dict[str, object] = {
+        "num-cpus": 1,
+        "object-store-memory": _OBJECT_STORE_BYTES,
+        "temp-dir": machine.ray_directory,
+    }
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in _AGENT_PORTS]
+        for name, probe in zip(_AGENT_PORTS, probes, strict=True):
+            probe.bind(("127.0.0.1", 0))
+            options[name] = probe.getsockname()[1]
+    return " ".join(f"--{name}={value}" for name, value in {**options, "node-ip-address": "127.0.0.1"}.items())
 
 
 def _kill_marked(mark: str) -> None:
