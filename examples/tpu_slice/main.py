@@ -22,7 +22,16 @@ from train import expected, train
 import fray
 from fray.backend.ray.ray_cluster import RayClusterContext
 from fray.backend.ray.testing import SimulatedSlices
-from fray.backend.tpu import RayJoin, SliceChoice, SliceRequest, SliceState, Tier, TpuProvisioner, startup_script
+from fray.backend.tpu import (
+    Progress,
+    RayJoin,
+    SliceChoice,
+    SliceRequest,
+    SliceState,
+    Tier,
+    TpuProvisioner,
+    startup_script,
+)
 from fray.backend.tpu.testing import FakeCloud, ImpatientClock, Supply
 from fray.tpu import tpu_type
 
@@ -55,6 +64,10 @@ def main(arguments: argparse.Namespace) -> None:
                     "gone" if entry.gone else "there",
                 )
         print("billed now:", [entry.name for entry in cloud.billed()])
+
+
+class NotNeededError(Exception):
+    """The training has ended before its slice came."""
 
 
 def use(provisioner: TpuProvisioner, head: str, checkpoints: str, look_seconds: float) -> None:
@@ -90,10 +103,18 @@ def use(provisioner: TpuProvisioner, head: str, checkpoints: str, look_seconds: 
 
 def keep(provisioner: TpuProvisioner, request: SliceRequest, is_over: threading.Event, look_seconds: float) -> None:
     """Have a slice, and ask for another when it was taken away, until it is needed no more."""
+
+    def look(progress: Progress) -> None:
+        if is_over.is_set():
+            raise NotNeededError  # whatever ends `wait_ready` early, what there is of the request is deleted
+
     while not is_over.is_set():
         say("asks for a slice")
         provisioner.create(request)
-        group = provisioner.wait_ready(request.name)
+        try:
+            group = provisioner.wait_ready(request.name, look)
+        except NotNeededError:
+            return
         say(f"{group.name} is {group.state} in {group.zone}, with {len(group.hosts)} hosts")
         while not is_over.wait(look_seconds):
             if (state := provisioner.describe(request.name).state) in (SliceState.PREEMPTED, SliceState.FAILED):
