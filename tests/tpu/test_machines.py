@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -16,8 +15,7 @@ import pytest
 import ray
 
 from fray import errors
-from fray.backend.tpu import SliceChoice, SliceState, SystemClock, TpuProvisioner
-from fray.backend.tpu._startup import RayJoin, startup_script
+from fray.backend.tpu import RayJoin, SliceChoice, SliceState, SystemClock, TpuProvisioner, startup_script
 from fray.backend.tpu.testing import Ending, FakeCloud, Machines, Supply
 from fray.backend.tpu.testing._machines import _marked, topology_of
 from tests.ray.conftest import RayHead
@@ -127,14 +125,7 @@ def test_a_slice_has_its_shape(kind: str, shape: str) -> None:
 def test_slices_join_ray_are_taken_back_leave_it_and_are_deleted(cloud: FakeCloud, tmp_path: Path) -> None:
     head = RayHead(quick=True)
     try:
-        options = "--num-cpus=1 --object-store-memory=80000000 --node-ip-address=127.0.0.1"
-        environment = {
-            "FRAY_RAY": str(Path(sys.executable).parent / "ray"),
-            "FRAY_RAY_OPTIONS": options,
-            "FRAY_TPU_CHIPS": "4",
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        }
-        machines = cloud.run_startup_scripts(tmp_path / "hosts", environment=environment, notice_seconds=20)
+        machines = cloud.run_startup_scripts(tmp_path / "hosts", notice_seconds=20)
         python = ".".join(map(str, sys.version_info[:2]))
         script = startup_script("v4-16", RayJoin(head.address, ray.__version__, python), lease_seconds=3600)
         with provisioner(cloud, tmp_path / "state") as jane:

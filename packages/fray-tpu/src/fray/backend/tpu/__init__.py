@@ -4,6 +4,7 @@ Google's client library is loaded when a provisioner first makes a call, not by 
 """
 
 from fray.backend.tpu._labels import label_value
+from fray.backend.tpu._startup import RayJoin, startup_script
 from fray.backend.tpu.interface import Clock, Doomed, GcPlan, GcReport, Provisioner, SystemClock
 from fray.backend.tpu.provisioner import TpuProvisioner
 from fray.backend.tpu.types import (
@@ -31,6 +32,7 @@ __all__ = [
     "OnProgress",
     "Progress",
     "Provisioner",
+    "RayJoin",
     "Slice",
     "SliceChoice",
     "SliceGroup",
@@ -40,4 +42,5 @@ __all__ = [
     "Tier",
     "TpuProvisioner",
     "label_value",
+    "startup_script",
 ]

@@ -383,7 +383,8 @@ def _provisioner(project: str | None, zones: list[str] | None, fake: bool) -> It
     from fray.backend.tpu.provisioner import TpuProvisioner
 
     if fake:
-        from fray.backend.tpu._stand_in import ImpatientClock, stand_in
+        from fray.backend.tpu._stand_in import stand_in
+        from fray.backend.tpu.testing import ImpatientClock
 
         found = stand_in()
         provisioner = TpuProvisioner(

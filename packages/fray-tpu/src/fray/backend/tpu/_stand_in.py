@@ -21,10 +21,9 @@ from typing import IO
 
 from fray.errors import ConnectionFailedError
 
-__all__ = ["ImpatientClock", "StandIn", "main", "stand_in"]
+__all__ = ["StandIn", "main", "stand_in"]
 
 _START_SECONDS = 30.0
-_LONGEST_SLEEP_SECONDS = 0.2
 _IDLE_SECONDS = 60.0
 
 
@@ -41,18 +40,6 @@ class StandIn:
     address: str
     project: str
     directory: Path
-
-
-class ImpatientClock:
-    """The machine's own time, with short sleeps: what a stand-in does is done in seconds, not in minutes."""
-
-    def now(self) -> float:
-        """Return the time in seconds since 1970."""
-        return time.time()
-
-    def sleep(self, seconds: float) -> None:
-        """Return soon."""
-        time.sleep(min(seconds, _LONGEST_SLEEP_SECONDS))
 
 
 def stand_in() -> StandIn:
@@ -106,7 +93,7 @@ def _serve(directory: Path) -> None:
     with FakeCloud(SystemClock()) as cloud:
         cloud.offer(Supply(accept_seconds=0.2, queue_seconds=1.0, boot_seconds=2.0, delete_seconds=0.5))
         if sys.platform == "linux":
-            cloud.run_startup_scripts(directory / "hosts", environment=_of_hosts())
+            cloud.run_startup_scripts(directory / "hosts")
         record = directory / "server.json"
         partial = record.with_suffix(".part")
         partial.write_text(json.dumps({"address": cloud.address, "project": cloud.project, "pid": os.getpid()}))
@@ -120,13 +107,6 @@ def _serve(directory: Path) -> None:
             elif time.monotonic() - since > _IDLE_SECONDS:
                 break
         record.unlink(missing_ok=True)
-
-
-def _of_hosts() -> dict[str, str]:
-    """Return what hosts need that share a machine: its Ray, where it has one, few cores, and make-believe chips."""
-    ours = Path(sys.executable).with_name("ray")
-    ray = os.environ.get("FRAY_RAY") or (str(ours) if ours.exists() else "")
-    return {"FRAY_RAY": ray, "FRAY_RAY_OPTIONS": "--num-cpus=1", "FRAY_TPU_CHIPS": "by-type"}
 
 
 def _find(directory: Path) -> StandIn | None:

@@ -1,10 +1,13 @@
-"""Time that goes by when somebody sleeps, and not otherwise."""
+"""Time for tests: that goes by when somebody sleeps and not otherwise, or by itself and with short sleeps."""
 
 from __future__ import annotations
 
 import threading
+import time
 
-__all__ = ["VirtualClock"]
+__all__ = ["ImpatientClock", "VirtualClock"]
+
+_LONGEST_SLEEP_SECONDS = 0.2
 
 
 class VirtualClock:
@@ -31,3 +34,15 @@ class VirtualClock:
             target = self._now + max(0.0, seconds)
         with self._lock:
             self._now = max(self._now, target)
+
+
+class ImpatientClock:
+    """The machine's own time, with short sleeps: what a stand-in does is done in seconds, not in minutes."""
+
+    def now(self) -> float:
+        """Return the time in seconds since 1970."""
+        return time.time()
+
+    def sleep(self, seconds: float) -> None:
+        """Return soon."""
+        time.sleep(min(seconds, _LONGEST_SLEEP_SECONDS))

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import os
 import queue
+import shutil
 import signal
+import socket
 import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,13 @@ __all__ = ["Machine", "Machines"]
 _MARK = "FRAY_TPU_STAND_IN_HOST"
 _TICK_SECONDS = 0.05
 _LAST_RESORT_SECONDS = 10.0
+_OBJECT_STORE_BYTES = 80_000_000  # Ray takes no less than 75 MB
+_AGENT_PORTS = (
+    "dashboard-agent-listen-port",
+    "dashboard-agent-grpc-port",
+    "runtime-env-agent-port",
+    "metrics-export-port",
+)
 _READY, _PREEMPTED = tpu_v2.Node.State.READY, tpu_v2.Node.State.PREEMPTED
 
 
@@ -43,6 +54,7 @@ class Machine:
         directory: Its files; what it says is in `log`.
         process: What runs the startup script; None where there is none.
         services: What it can reach.
+        ray_directory: Where its Ray keeps its files.
     """
 
     node: str
@@ -50,6 +62,8 @@ class Machine:
     directory: Path
     process: subprocess.Popen[bytes] | None
     services: HostServices
+    # A short path: Ray's sockets lie below it, and the kernel allows them a hundred characters.
+    ray_directory: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="frt-", dir="/tmp")))
 
     @property
     def log(self) -> str:
@@ -68,7 +82,9 @@ class Machines:
     Args:
         world: The slices.
         directory: Where each host gets a directory.
-        environment: More variables for the hosts, such as `FRAY_RAY`.
+        environment: More variables for the hosts. Unless they say otherwise, a host that joins a Ray cluster does so by
+            this environment's own Ray, with one core and as many chips as its type has; `FRAY_RAY_OPTIONS` has more
+            options for `ray start`.
         notice_seconds: Between the notice of a preemption and the end.
         secrets: Values in Secret Manager, by the full names of their versions.
     """
@@ -161,11 +177,14 @@ class Machines:
         path = machine.directory / "startup-script"
         path.write_text(script)
         path.chmod(0o700)
+        given = {**os.environ, **self._environment}
         variables = {
-            **os.environ,
+            **_of_shared_machine(),
+            **given,
+            "FRAY_RAY_OPTIONS": f"{_ray_options(machine)} {given.get('FRAY_RAY_OPTIONS', '')}".strip(),
             "FRAY_TPU_DIRECTORY": str(machine.directory / "fray"),
+            "FRAY_LIBTPU_LOCKFILE": str(machine.directory / "libtpu_lockfile"),
             **machine.services.environment(),
-            **self._environment,
             _MARK: machine.mark,
         }
         with (machine.directory / "log").open("ab") as log:
@@ -193,6 +212,7 @@ class Machines:
                 if machine.process is not None:
                     machine.process.wait()
                 machine.services.close()
+                shutil.rmtree(machine.ray_directory, ignore_errors=True)
             with self._changed:
                 self._machines.pop(node_id, None)
                 self._changed.notify_all()
@@ -239,6 +259,30 @@ def topology_of(accelerator_type: str) -> str:
     # Google writes the long side last, but for a single host's 2x2x1.
     shape = sorted(sides) if min(sides) > 1 else sorted(sides, reverse=len(sides) == 3)
     return "x".join(map(str, shape))
+
+
+def _of_shared_machine() -> dict[str, str]:
+    """Return what hosts are given that share a machine: its Ray, where it has one, and make-believe chips."""
+    ray = Path(sys.executable).with_name("ray")
+    return {"FRAY_TPU_CHIPS": "by-type", **({"FRAY_RAY": str(ray)} if ray.exists() else {})}
+
+
+def _ray_options(machine: Machine) -> str:
+    """Return the options by which Ray's nodes on one machine leave each other alone."""
+    # In one folder, nodes that start side by side choose the same names for their sockets. And a raylet that is not
+    # told where its agents listen ends when these have not said so within 15 s (Ray 2.60, hard-coded), which on a
+    # machine where several nodes start at the same time is too short.
+    options: dict[str, object] = {
+        "num-cpus": 1,
+        "object-store-memory": _OBJECT_STORE_BYTES,
+        "temp-dir": machine.ray_directory,
+    }
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in _AGENT_PORTS]
+        for name, probe in zip(_AGENT_PORTS, probes, strict=True):
+            probe.bind(("127.0.0.1", 0))
+            options[name] = probe.getsockname()[1]
+    return " ".join(f"--{name}={value}" for name, value in {**options, "node-ip-address": "127.0.0.1"}.items())
 
 
 def _kill_marked(mark: str) -> None:
