@@ -36,6 +36,7 @@ class SimulatedPod:
 
         self.slices, self.cluster = slices, cluster
         self.kind = get_tpu_config(tpu_type)
+        self.rest()
 
     @classmethod
     @contextmanager
@@ -47,6 +48,7 @@ class SimulatedPod:
             os.environ, {**others, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}, clear=True
         ):
             import ray
+
             from fray.backend.ray.ray_cluster import RayClusterContext
             from fray.backend.ray.testing import SimulatedSlices
 
@@ -56,6 +58,10 @@ class SimulatedPod:
                     yield cls(slices, cluster, tpu_type)
                 finally:
                     ray.shutdown()
+
+    def rest(self) -> None:
+        """Take the hosts' processes of now for those that they have at rest."""
+        self._at_rest = len(self.slices.processes())
 
     def places(self) -> list[tuple[str | None, str | None]]:
         """Return what the function is to return: slice and worker id, as its environment has them."""
@@ -88,7 +94,7 @@ class SimulatedPod:
         group = self.group_by_hand()
         kept: list[Any] = []
         try:
-            ray.get(group.ready())
+            assert group.wait(60)
             first = placement_group_table(group)["bundles_to_node_id"][0]
             address = next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == first)
             refs = []
@@ -128,17 +134,17 @@ class SimulatedPod:
 
         return len(_View.of(self.kind, {}).free) == len(self.slices.hosts)
 
-    def settle(self, processes: int | None = None) -> None:
-        """Wait until the hosts are free, and, if it is said how many processes they have at rest, have no more.
+    def settle(self) -> None:
+        """Wait until the hosts are free and what ran on them has ended.
 
-        Past a deadline those that are more are taken for what Ray keeps.
+        What stays past a deadline is taken for what Ray keeps.
         """
         give_up = time.monotonic() + _SETTLE_SECONDS
-        while not self.is_free() or (processes is not None and len(self.slices.processes()) > processes):
+        while not self.is_free() or len(self.slices.processes()) > self._at_rest:
             if time.monotonic() > give_up:
                 if not self.is_free():
                     raise TimeoutError(f"the hosts are still in use after {_SETTLE_SECONDS:g} s")
-                return
+                self._at_rest = len(self.slices.processes())
             time.sleep(0.05)
 
     def _variables(self, index: int, address: str) -> dict[str, str]:
@@ -158,11 +164,10 @@ class SimulatedPod:
 def measure_run(settings: Settings) -> list[Comparison]:
     """Call a trivial function on each of four hosts, by `run_on_tpu` and by hand."""
     with SimulatedPod.of(_TYPE, _SLICES) as pod:
-        at_rest = len(pod.slices.processes())
 
         def side(name: str, action: Callable[[], None]) -> Side:
             def measure() -> float:
-                pod.settle(at_rest)  # by hand nobody waits for the end of what was started
+                pod.settle()  # by hand nobody waits for the end of what was started
                 return clock(action)
 
             return Side(name, measure)
@@ -181,8 +186,9 @@ def measure_run(settings: Settings) -> list[Comparison]:
     tasks.note = (
         "four processes are started on one machine, which is most of the time on either side. By hand: a STRICT_SPREAD "
         "group whose bundles name the hosts by label, a fresh process for each with TPU_WORKER_ID and the MEGASCALE "
-        "variables in its runtime_env, get, remove. It neither looks for free slices, nor has the hosts begin together, "
-        "nor prints what they print, nor waits until their processes and the group are gone; all that is in Fray's time"
+        "variables in its runtime_env, get, remove. It does not look for free slices, nor have the hosts begin "
+        "together, nor bring their output here, nor wait until their processes and the group are gone; Fray's time has "
+        "all that. What is still ending after the one side is waited for, outside of the time, before the other"
     )
     return [tasks, actors]
 

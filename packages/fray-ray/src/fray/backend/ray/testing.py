@@ -205,10 +205,16 @@ class SimulatedSlices:
         for begin in range(0, len(hosts), together):
             batch = hosts[begin : begin + together]
             starts = dict.fromkeys((host.mark for host in batch), 0)
+            # Of a host that was taken away a moment ago, Ray may still believe that it is there.
+            before: set[str] = set()
+            self._until(lambda: self._adds_nodes(before), "the head of the simulated cluster")  # noqa: B023
             for host in batch:
                 self._start_host(host)
             wanted = {(host.slice_name, str(host.worker_id)) for host in batch}
-            self._until(lambda: self._are_starting(batch, starts) and wanted <= self._present(), "simulated hosts")  # noqa: B023
+            self._until(
+                lambda: self._are_starting(batch, starts) and wanted <= self._present(before),  # noqa: B023
+                "simulated hosts",
+            )
 
     def _are_starting(self, hosts: list[SimulatedHost], starts: dict[str, int]) -> bool:
         """Start anew those on which Ray has given up."""
@@ -266,16 +272,29 @@ class SimulatedSlices:
             return kv.get(b"dashboard", b"dashboard") is not None
         return False
 
-    def _present(self) -> set[tuple[str, str]]:
-        """Return the hosts, by slice and worker id, that are nodes of the cluster."""
+    def _adds_nodes(self, known: set[str]) -> bool:
+        """Add the ids of the cluster's nodes, if it says which they are."""
+        labels = self._labels()
+        known.update(each.get("ray.io/node-id", "") for each in labels)
+        return bool(labels)
+
+    def _present(self, before: set[str]) -> set[tuple[str, str]]:
+        """Return the hosts, by slice and worker id, that are nodes of the cluster and were not before."""
+        return {
+            (each.get("ray.io/tpu-slice-name", ""), each.get("ray.io/tpu-worker-id", ""))
+            for each in self._labels()
+            if each.get("ray.io/node-id") not in before
+        }
+
+    def _labels(self) -> list[dict[str, str]]:
+        """Return the labels of the cluster's nodes, the head's among them; none while it does not answer."""
         from fray.backend.ray._rest import RayRest
 
-        labels: list[dict[str, str]] = []
         with suppress(ConnectionFailedError):  # it is on its way
             rest = RayRest(self.dashboard, headers=dict, cookies=None, verify=True, timeout_seconds=10.0)
             with closing(rest):
-                labels = rest.node_labels()
-        return {(each.get("ray.io/tpu-slice-name", ""), each.get("ray.io/tpu-worker-id", "")) for each in labels}
+                return rest.node_labels()
+        return []
 
     def _until(self, is_so: Any, what: str) -> None:
         give_up = time.monotonic() + _START_SECONDS
