@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -53,7 +54,7 @@ class SimulatedPod:
             from fray.backend.ray.testing import SimulatedSlices
 
             with SimulatedSlices(tpu_type, num_slices) as slices, RayClusterContext(slices.address) as cluster:
-                ray.init(slices.address, logging_level="WARNING", log_to_driver=False)
+                ray.init(slices.address, logging_level=logging.WARNING, log_to_driver=False)
                 try:
                     yield cls(slices, cluster, tpu_type)
                 finally:
@@ -87,6 +88,7 @@ class SimulatedPod:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         function = _trivial()
+        remote: Any
         if actors:
             remote = ray.remote(type("Host", (), {"call": lambda self: function()}))
         else:
@@ -97,7 +99,7 @@ class SimulatedPod:
             assert group.wait(60)
             first = placement_group_table(group)["bundles_to_node_id"][0]
             address = next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == first)
-            refs = []
+            refs: list[Any] = []
             for index in range(group.bundle_count):
                 made = remote.options(
                     num_cpus=0,

@@ -107,6 +107,10 @@ def measure_raylets(growth: Growth, sizes: Sequence[int], rounds: int) -> None:
             _note(growth, size, interleave(f"holding {size} hosts", holding, _HOLDS, 0, warmups=2))
             growth.calls[size], growth.rows[size] = Counter(calls), calls.rows
 
+            def by_hand() -> float:
+                pod.settle()
+                return clock(pod.by_hand)
+
             def run(action: Callable[[], None]) -> float:
                 pod.settle()
                 calls.clear()  # noqa: B023
@@ -116,7 +120,7 @@ def measure_raylets(growth: Growth, sizes: Sequence[int], rounds: int) -> None:
                 return seconds
 
             running = [
-                Side(_BY_HAND, lambda: (pod.settle(), clock(pod.by_hand))[1]),
+                Side(_BY_HAND, by_hand),
                 Side(_RUN, lambda: run(pod.through_fray)),
             ]
             _note(
