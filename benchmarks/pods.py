@@ -27,6 +27,7 @@ from unittest.mock import patch
 
 from benchmarks.measuring import Side, clock, interleave
 from benchmarks.on_tpu import SimulatedPod
+from fray.errors import PlatformError
 
 # A slice of one host, so that there are as many of the one as of the other.
 _TYPE = "v4-8"
@@ -86,8 +87,13 @@ def measure_raylets(growth: Growth, sizes: Sequence[int], rounds: int) -> None:
     """Measure on real raylets, of which there are ever more."""
     with SimulatedPod.of(_TYPE, 0) as pod:
         for size in sizes:
-            while len(pod.slices.hosts) < size:
-                pod.slices.add_slice()
+            print(f"{size} of {sizes[-1]} hosts", file=sys.stderr, flush=True)
+            try:
+                while len(pod.slices.hosts) < size:
+                    pod.slices.add_slice()
+            except PlatformError as error:
+                print(f"{size} hosts are too many for this machine as busy as it is: {error}", file=sys.stderr)
+                return
             pod.rest()
             calls = Counted()
 

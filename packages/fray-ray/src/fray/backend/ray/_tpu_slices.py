@@ -232,7 +232,7 @@ class _Demand:
         selector = {_SLICE: f"!in({','.join(known)})"} if known else {}
         bundles = [{f"TPU-{kind.name}-head": 1.0} for _ in range(count)]
         self._group = placement_group(
-            bundles, strategy="STRICT_SPREAD", **({"bundle_label_selector": [selector] * count} if selector else {})
+            bundles, strategy="STRICT_SPREAD", bundle_label_selector=[selector] * count if selector else None
         )
 
     def is_met(self) -> bool:
