@@ -522,7 +522,7 @@ class Injector(threading.Thread):
         self._tpus.slices.bring_back(slice_index)
         wanted = {(f"simulated-{slice_index}", str(each)) for each in hosts}
         until(
-            lambda: wanted <= self._nodes().keys() and not gone & set(self._all_nodes()),
+            lambda: wanted <= self._nodes().keys() and not gone & set(hosts_of_ray()),
             "Ray to know the hosts that are back",
             DEADLINE_SECONDS,
         )
@@ -550,14 +550,16 @@ class Injector(threading.Thread):
         return []
 
     def _nodes(self) -> dict[tuple[str, str], str]:
-        return {place: node for node, place in self._all_nodes().items()}
+        return {place: node for node, place in hosts_of_ray().items()}
 
-    def _all_nodes(self) -> dict[str, tuple[str, str]]:
-        import ray
 
-        label = "ray.io/tpu-slice-name", "ray.io/tpu-worker-id"
-        alive = [node for node in ray.nodes() if node["Alive"] and label[0] in node["Labels"]]
-        return {node["NodeID"]: (node["Labels"][label[0]], node["Labels"][label[1]]) for node in alive}
+def hosts_of_ray() -> dict[str, tuple[str, str]]:
+    """The ids of the nodes that Ray takes for alive, with their slices and worker ids."""
+    import ray
+
+    label = "ray.io/tpu-slice-name", "ray.io/tpu-worker-id"
+    alive = [node for node in ray.nodes() if node["Alive"] and label[0] in node["Labels"]]
+    return {node["NodeID"]: (node["Labels"][label[0]], node["Labels"][label[1]]) for node in alive}
 
 
 # The tests
@@ -617,6 +619,15 @@ def test_a_step_that_is_reported_as_the_attempt_ends_counts(
     with tpus.leaving_nothing(), pytest.raises(KeyError, match="the second"):
         tpus.cluster.run_on_tpu(saves_when_asked_to_end, tpus.config(1, failures=1))
     assert "attempt 1 ended at step 9: ValueError: the first" in caplog.text
+
+
+def test_a_host_that_is_brought_back_at_once_is_there_then(tpus: TpuHarness) -> None:
+    """Though Ray believes at first that it never went."""
+    _join(tpus)
+    before = hosts_of_ray()
+    tpus.slices.take_away(0, 1)
+    tpus.slices.bring_back(0, 1)
+    assert [place for node, place in hosts_of_ray().items() if node not in before] == [("simulated-0", "1")]
 
 
 def run_schedule(tpus: TpuHarness, schedule: Schedule, folder: Path) -> None:
