@@ -229,11 +229,11 @@ class _Demand:
         from ray.util.placement_group import placement_group
 
         # Not the heads of slices that are there already, and cannot be had as a whole.
-        selector = {_SLICE: f"!in({','.join(known)})"} if known else {}
+        not_known: dict[str, Any] = {}
+        if known:
+            not_known["bundle_label_selector"] = [{_SLICE: f"!in({','.join(known)})"}] * count
         bundles = [{f"TPU-{kind.name}-head": 1.0} for _ in range(count)]
-        self._group = placement_group(
-            bundles, strategy="STRICT_SPREAD", bundle_label_selector=[selector] * count if selector else None
-        )
+        self._group = placement_group(bundles, strategy="STRICT_SPREAD", **not_known)
 
     def is_met(self) -> bool:
         return bool(self._group.wait(0))
