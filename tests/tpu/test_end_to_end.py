@@ -183,4 +183,5 @@ def test_the_example_needs_no_account(tmp_path: Path) -> None:
         "the journal: train CREATING READY PREEMPTED DELETING gone",
         "the journal: train CREATING READY DELETING gone",
     ]
-    assert list(tmp_path.iterdir()) == []
+    # What killed processes of Python's multiprocessing, which Ray's agents use, leave is not the example's.
+    assert [path for path in tmp_path.iterdir() if not path.name.startswith("pymp-")] == []

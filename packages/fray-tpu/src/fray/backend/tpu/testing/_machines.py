@@ -34,6 +34,8 @@ __all__ = ["Machine", "Machines"]
 _MARK = "FRAY_TPU_STAND_IN_HOST"
 _TICK_SECONDS = 0.05
 _LAST_RESORT_SECONDS = 10.0
+_YOUNG_SECONDS = 30.0
+_PF_KTHREAD = 0x00200000  # in the flags of proc_pid_stat(5); see linux/sched.h
 _OBJECT_STORE_BYTES = 80_000_000  # Ray takes no less than 75 MB
 _AGENT_PORTS = (
     "dashboard-agent-listen-port",
@@ -289,10 +291,28 @@ def _kill_marked(mark: str) -> None:
     """Kill every process of a host, those too that left its session and its tree."""
     wanted = f"{_MARK}={mark}".encode()
     deadline = time.monotonic() + _LAST_RESORT_SECONDS
-    while (found := _marked(wanted)) and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        if not (found := _marked(wanted)):
+            if not _is_any_between_programs():
+                return
+            time.sleep(0.01)
         for pid in found:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
+
+
+def _is_any_between_programs() -> bool:
+    """Whether a young process has no environment at the moment: one in `exec` has not got it yet, and may be marked."""
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    youngest = (uptime - _YOUNG_SECONDS) * os.sysconf("SC_CLK_TCK")
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, *rest = path.read_text(errors="replace").rpartition(")")[2].split()
+            is_of_kernel = int(rest[5]) & _PF_KTHREAD
+            is_young = state not in "ZX" and not is_of_kernel and int(rest[18]) > youngest
+            if is_young and not path.with_name("environ").read_bytes():
+                return True
+    return False
 
 
 def _marked(wanted: bytes) -> list[int]:
