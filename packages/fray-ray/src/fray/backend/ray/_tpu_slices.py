@@ -178,15 +178,19 @@ class _View:
 
         view = cls(kind)
         found: dict[str, dict[int, Host]] = {}
+        twice: list[Host] = []
         for node_id, node in alive_nodes().items():
             labels = node["Labels"]
             name, worker = labels.get(_SLICE), labels.get(_WORKER)
             if name and worker is not None and labels.get(_POD_TYPE) in pod_types(kind):
-                head = next(
-                    (each for each in node["Resources"] if each.startswith("TPU-") and each.endswith("-head")), ""
-                )
-                host = Host(node_id, name, int(worker), node["NodeManagerAddress"], head)
-                found.setdefault(name, {})[host.worker_id] = host
+                heads = [each for each in node["Resources"] if each.startswith("TPU-") and each.endswith("-head")]
+                host = Host(node_id, name, int(worker), node["NodeManagerAddress"], heads[0] if heads else "")
+                if host.worker_id in found.setdefault(name, {}):
+                    twice.append(host)
+                found[name][host.worker_id] = host
+        for host in twice:
+            # One that has just come back, and Ray believes in the former still: which is which will soon be seen.
+            found[host.slice_name].pop(host.worker_id, None)
         view.names = sorted(found)
         available = available_resources() if found else {}
         for name in view.names:
