@@ -430,7 +430,8 @@ def test_a_host_whose_chips_are_held_is_set_aside(tpus: TpuHarness) -> None:
 
 
 _CALLER = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
 from fray import TpuRunConfig
 from fray.backend.ray.ray_cluster import RayClusterContext
 
