@@ -7,7 +7,7 @@ import random
 import pytest
 
 from fray import TpuRunConfig
-from fray.backend.ray._tpu_attempt import AttemptError, Blame
+from fray.backend.ray._tpu_blame import AttemptError, Blame
 from fray.backend.ray._tpu_frames import GO, OUTPUT, FrameReader, frame
 from fray.backend.ray._tpu_run import Pace, Retries
 from fray.backend.ray.testing import SimulatedSlices, _topology

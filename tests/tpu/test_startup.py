@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import zipfile
@@ -382,16 +383,35 @@ def test_a_slice_that_idles_is_not_renewed(
     nodes: MemoryNodes, serve: Callable[..., HostServices], tmp_path: Path
 ) -> None:
     """By what decides it: that nothing happens cannot be waited for."""
-    idle = subprocess.Popen(["ray::IDLE", "-c", "import signal; signal.pause()"], executable=sys.executable)
-    busy = subprocess.Popen(["ray::train", "-c", "import signal; signal.pause()"], executable=sys.executable)
-    try:
-        assert "ray::train" in _agent.busy_workers(os.getpid())
-        busy.kill()
-        busy.wait()
-        assert _agent.busy_workers(os.getpid()) == []
-    finally:
-        idle.kill()
-        idle.wait()
+    program = """
+    import subprocess, sys
+    titles = ("ray::IDLE", "ray::train")
+    pause = ["-c", "import signal; print(flush=True); signal.pause()"]
+    idle, busy = (
+        subprocess.Popen([title, *pause], executable=sys.executable, stdout=subprocess.PIPE) for title in titles
+    )
+    for process in (idle, busy):
+        process.stdout.readline()  # its title is its own by now
+    print("both", flush=True)
+    sys.stdin.readline()
+    busy.kill()
+    busy.wait()
+    print("idle", flush=True)
+    sys.stdin.readline()
+    idle.kill()
+    idle.wait()
+    """
+    # Below a process of their own: this one may have a Ray of another test's.
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as raylet:
+        assert raylet.stdin is not None
+        assert raylet.stdout is not None
+        assert raylet.stdout.readline() == "both\n"
+        assert _agent.busy_workers(raylet.pid) == ["ray::train"]
+        print("kill", file=raylet.stdin, flush=True)
+        assert raylet.stdout.readline() == "idle\n"
+        assert _agent.busy_workers(raylet.pid) == []
 
 
 def test_a_lease_is_never_made_shorter(
@@ -620,6 +640,7 @@ def test_a_host_joins_ray_as_run_on_tpu_wants_it_and_leaves_when_it_is_preempted
     head_command = ["start", "--head", f"--port={address.rpartition(':')[2]}"]
     head_command += ["--num-cpus=1", "--include-dashboard=false", f"--temp-dir={temporary}", "--block"]
     services = serve()
+    before = nodes.lease
     script = tmp_path / "startup-script"
     script.write_text(startup_script("v5litepod-16", RayJoin(address, "2.60.0", "3.11"), lease_seconds=16))
     script.chmod(0o755)
@@ -653,7 +674,6 @@ def test_a_host_joins_ray_as_run_on_tpu_wants_it_and_leaves_when_it_is_preempted
         assert labels["tpu-topology"] == "4x4"
         assert labels["tpu-pod-type"] == "v5litepod-16"
         assert events.read_text() == "trains\n"
-        before = nodes.lease
         assert services.wait_for("PATCH", NODE)
         assert before is not None
         assert nodes.lease is not None

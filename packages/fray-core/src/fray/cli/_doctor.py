@@ -25,9 +25,8 @@ _LOADERS: dict[str, Callable[[str], Any]] = {
     plugins.PROVISIONERS: plugins.load_provisioner,
     plugins.COMMANDS: load_command,
 }
-# What Fray reads or sets.
+# What Fray reads or sets; a plugin's class has its own in `environment_variables`.
 _VARIABLES = {"FRAY_CLUSTER", "FRAY_JOB_ID", "FRAY_OUTPUT_DIR", "FRAY_ATTEMPT", "FRAY_JOB_CONTEXT"}
-_VARIABLES |= {"FRAY_TPU_OWNER", "FRAY_TPU_ENDPOINT", "FRAY_TPU_SSH", "FRAY_TPU_FAKE_DIRECTORY"}
 
 
 @dataclass(frozen=True)
@@ -54,13 +53,15 @@ def examine(spec: str | None = None) -> Iterator[Check]:
     yield Check(True, f"Python {platform.python_version()} at {sys.executable}")
     yield from _distributions()
     examined: list[tuple[str, str, Any]] = []
+    variables = set(_VARIABLES)
     for group, load in _LOADERS.items():
         for plugin in plugins.list_plugins(group):
             check, loaded = _loads(group, plugin, load)
             yield check
+            variables |= getattr(loaded, "environment_variables", frozenset())
             if group in (plugins.BACKENDS, plugins.PROVISIONERS) and hasattr(loaded, "doctor"):
                 examined.append((plugins._KINDS[group], plugin.name, loaded))
-    yield from _variables()
+    yield from _variables(variables)
     try:
         config = find_config()
     except FrayError as error:
@@ -104,9 +105,9 @@ def _loads(group: str, plugin: plugins.Plugin, load: Callable[[str], Any]) -> tu
     return Check(True, f"{what} loads"), loaded
 
 
-def _variables() -> Iterator[Check]:
+def _variables(known: set[str]) -> Iterator[Check]:
     for name, value in sorted(mask_sensitive(os.environ).items()):
-        if name in _VARIABLES:
+        if name in known:
             yield Check(True, f"{name}={without_password(value)}")
         elif name.startswith("FRAY_"):
             # The value is not shown: whatever it is, Fray does not know how secret.

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fray.backend.local._files import held, is_locked, write_all
+from fray.state import held, is_locked, write_all
 
 if TYPE_CHECKING:
     from fray.types import Resource

@@ -20,7 +20,6 @@ from pathlib import Path
 
 from fray.backend.local._admission import Ticket, draw_ticket
 from fray.backend.local._environments import EnvironmentPlan
-from fray.backend.local._files import write_all, write_durably
 from fray.backend.local._paths import StorePaths
 from fray.backend.local._prepare import Setup
 from fray.backend.local._store import Staged
@@ -28,6 +27,7 @@ from fray.detached import program, start_detached
 from fray.errors import SubmissionError
 from fray.request import JobRequest
 from fray.shipping import write_light_part
+from fray.state import write_all, write_durably
 from fray.supervision import encode_handover, runner_arguments, runner_source
 
 __all__ = ["Launch", "supervised"]

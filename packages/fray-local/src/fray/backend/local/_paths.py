@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
+
+from fray.state import machine_digest
 
 __all__ = ["JobPaths", "StorePaths", "default_cache", "default_root"]
 
@@ -141,16 +141,8 @@ class StorePaths:
 
 
 def default_root() -> Path:
-    """The store of this machine and user: another machine's jobs in a shared home directory are not our business."""
-    machine = platform.node()
-    for path in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
-        try:
-            machine += Path(path).read_text().strip()
-            break
-        except OSError:
-            continue
-    digest = hashlib.sha256(machine.encode()).hexdigest()[:12]
-    return platformdirs.user_state_path("fray") / "local" / digest
+    """The store of this machine and user."""
+    return platformdirs.user_state_path("fray") / "local" / machine_digest()
 
 
 def default_cache() -> Path:

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 from fray.backend.local._admission import infeasible, wait_for_admission
 from fray.backend.local._environments import EnvironmentPlan, build_environment
-from fray.backend.local._files import write_all
 from fray.detached import leave_caller
+from fray.state import write_all
 from fray.uv import uv_environment
 
 __all__ = ["Setup", "main"]

@@ -23,7 +23,6 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fray.backend.local._files import held, is_locked, taken, write_all
 from fray.backend.local._leftovers import kill_leftovers
 from fray.backend.local._paths import JobPaths, StorePaths, boot_id
 from fray.errors import (
@@ -34,6 +33,7 @@ from fray.errors import (
     PlatformError,
     SubmissionError,
 )
+from fray.state import held, is_locked, taken, write_all
 from fray.supervision import Outcome, read_journal
 from fray.types import JobInfo, JobStatus, TerminationReason
 

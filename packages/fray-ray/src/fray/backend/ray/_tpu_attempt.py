@@ -11,50 +11,27 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
+from fray.backend.ray._tpu_blame import AttemptError, has_died, judge, preempted
 from fray.backend.ray._tpu_frames import END, GO, GONE, HELLO, KILL, PING, PONG, STEP
-from fray.backend.ray._tpu_host import Assignment, ChipsHeldError, ExitedError, FunctionError, HostProcess, OpaqueError
+from fray.backend.ray._tpu_host import Assignment, HostProcess
 from fray.backend.ray._tpu_keeper import MARK
 from fray.backend.ray._tpu_slices import Host, Reservation
 from fray.backend.ray._tpu_switchboard import CLOSED, Switchboard
 from fray.errors import HostFailedError, PlatformError
 
-__all__ = ["Attempt", "AttemptError", "Blame", "HostEnvironment"]
+__all__ = ["Attempt", "HostEnvironment"]
 
 # A host from which no sign of life comes for so long may be gone, and Ray is asked.
 _SILENCE_SECONDS = 5.0
 # By then Ray has noticed that a node is gone, by its own default settings.
 _VERDICT_SECONDS = 60.0
 _LOOK_SECONDS = 0.2
+# Where nothing comes, it is looked so often whether all are still there.
+_PULSE_SECONDS = 1.0
 # Beyond the grace that a host's processes are given.
 _END_SECONDS = 45.0
-
-
-class Blame(StrEnum):
-    """Whose fault the end of an attempt is."""
-
-    SLICES = "slices"  # a host went away
-    HOST = "host"  # another process holds its chips: not this function's fault, nor a preemption
-    FUNCTION = "function"
-    SETUP = "setup"  # the function could not be brought to run, and another attempt would end the same
-
-
-class AttemptError(Exception):
-    """An attempt has failed.
-
-    Attributes:
-        blame: Whose fault it is.
-        error: What is to be raised when there is no other attempt.
-        hosts: The hosts that it is about.
-    """
-
-    def __init__(self, blame: Blame, error: BaseException, hosts: list[Host]) -> None:
-        super().__init__(str(error))
-        self.blame = blame
-        self.error = error
-        self.hosts = hosts
 
 
 @dataclass(frozen=True)
@@ -64,14 +41,14 @@ class HostEnvironment:
     Attributes:
         runtime_env: Ray's runtime environment: packages, files, the user's variables.
         secrets: The user's variables that are not to be shown.
-        own_names: Variables that the user has set, here or for the whole job: these are left alone.
+        own: Variables that the user has set, here or for the whole job: these are left alone.
         defaults: Variables that are set unless there is one of that name.
         resources: What is reserved on each host beside its chips.
     """
 
     runtime_env: Mapping[str, Any]
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
-    own_names: frozenset[str] = frozenset()
+    own: Mapping[str, str] = field(default_factory=dict, repr=False)
     defaults: Mapping[str, str] = field(default_factory=dict)
     resources: Mapping[str, float] = field(default_factory=dict)
 
@@ -187,7 +164,7 @@ class Attempt:
         give_up: float | None = moved + self._setup_seconds
         while len(self._results) < len(self._hosts):
             try:
-                index, kind, said = self._events.get(timeout=_LOOK_SECONDS * 5)
+                index, kind, said = self._events.get(timeout=_PULSE_SECONDS)
             except queue.Empty:
                 index, kind, said = -1, b"?", None
             before = self.step
@@ -218,7 +195,7 @@ class Attempt:
                     HostFailedError(f"run_on_tpu hangs: {self._stall_seconds:g} s without a new step, since {where}"),
                 )
             if kind == b"?" and (lost := self._lost_silently()):
-                raise self._preempted(lost)
+                raise preempted(lost)
         return [self._results[index] for index in range(len(self._hosts))]
 
     def _note(self, index: int, kind: bytes, said: Any) -> None:
@@ -239,24 +216,23 @@ class Attempt:
 
     def _go(self) -> None:
         assert self._switchboard is not None
-        environment = self._environment
-        first = self._hello[0]
-        megascale = f"{self._hosts[0].address}:{first['megascale_port']}"
+        own, first, address = self._environment.own, self._hello[0], self._hosts[0].address
+        megascale_port = own.get("MEGASCALE_PORT", str(first["megascale_port"]))
         for index in range(len(self._hosts)):
             slice_id, host_id = divmod(index, self._num_hosts)
             values = {
                 "TPU_WORKER_ID": str(host_id),
-                "JAX_COORDINATOR_ADDRESS": f"{self._hosts[0].address}:{first['jax_port']}",
+                "JAX_COORDINATOR_ADDRESS": f"{address}:{first['jax_port']}",
             }
             if self._num_slices > 1:
                 values |= {
-                    "MEGASCALE_COORDINATOR_ADDRESS": megascale,
+                    "MEGASCALE_COORDINATOR_ADDRESS": f"{address}:{megascale_port}",
                     "MEGASCALE_NUM_SLICES": str(self._num_slices),
-                    "MEGASCALE_PORT": str(first["megascale_port"]),
+                    "MEGASCALE_PORT": megascale_port,
                     "MEGASCALE_SLICE_ID": str(slice_id),
                 }
-            values = {name: value for name, value in values.items() if name not in environment.own_names}
-            self._switchboard.send(index, GO, {"environment": values, "defaults": dict(environment.defaults)})
+            values = {name: value for name, value in values.items() if name not in own}
+            self._switchboard.send(index, GO, {"environment": values, "defaults": dict(self._environment.defaults)})
 
     def _take_result(self, index: int) -> None:
         import ray
@@ -280,37 +256,9 @@ class Attempt:
 
     def _verdict(self, index: int, error: BaseException) -> AttemptError:
         """Say what an error is to be taken for: where a host has gone, its loss is the cause of all the others'."""
-        from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, RuntimeEnvSetupError
-
-        cause: BaseException = error
-        while isinstance(cause, RayTaskError):
-            cause = cause.cause
-        host = self._hosts[index]
-        if isinstance(cause, ChipsHeldError):
-            return AttemptError(Blame.HOST, PlatformError(f"{_place(host)}: {cause}"), [host])
-        if lost := self._lost(index if isinstance(cause, RayError) or cause is None else None):
-            return self._preempted(lost, error)
-        if isinstance(cause, (RuntimeEnvSetupError, FunctionError)):
-            said = str(cause) if isinstance(cause, FunctionError) else f"the hosts could not be set up: {cause}"
-            return AttemptError(Blame.SETUP, _caused(PlatformError(said), error), [host])
-        if isinstance(cause, ExitedError):
-            return AttemptError(Blame.FUNCTION, _caused(SystemExit(*cause.args), error), [host])
-        if isinstance(cause, OutOfMemoryError):
-            said = f"run_on_tpu ran out of memory on {_place(host)}: {_first_lines(cause)}"
-            return AttemptError(Blame.FUNCTION, _caused(HostFailedError(said), error), [host])
-        if isinstance(cause, OpaqueError) or cause is None:
-            said = f"run_on_tpu: what the function raised on {_place(host)} cannot be handed over: {cause or error}"
-            return AttemptError(Blame.FUNCTION, _caused(HostFailedError(said), error), [host])
-        if isinstance(cause, RayError):
-            said = f"run_on_tpu: the process on {_place(host)} died: {_first_lines(cause)}"
-            return AttemptError(Blame.FUNCTION, _caused(HostFailedError(said), error), [host])
-        return AttemptError(Blame.FUNCTION, cause if cause is error else _caused(cause, error), [host])
-
-    def _preempted(self, lost: list[Host], error: BaseException | None = None) -> AttemptError:
-        from fray.errors import PreemptedError
-
-        said = ", ".join(_place(host) for host in lost)
-        return AttemptError(Blame.SLICES, _caused(PreemptedError(f"{said} went away"), error), lost)
+        if lost := self._lost(index if has_died(error) else None):
+            return preempted(lost, error)
+        return judge(self._hosts[index], error)
 
     def _lost(self, suspect: int | None) -> list[Host]:
         """Find the hosts that have gone, now that something is wrong: those that do not answer are asked Ray about."""
@@ -399,7 +347,7 @@ class Attempt:
             if not pending or time.monotonic() > give_up:
                 break
             try:
-                index, kind, said = self._events.get(timeout=_LOOK_SECONDS)
+                index, kind, said = self._events.get(timeout=_PULSE_SECONDS)
             except queue.Empty:
                 if {self._hosts[i].node_id for i in pending} <= {h.node_id for h in self._reservation.lost_hosts()}:
                     return
@@ -442,16 +390,3 @@ class Attempt:
 
         strategy = NodeAffinitySchedulingStrategy(host.node_id, soft=False)
         return ray.remote(num_cpus=0, max_retries=0)(fn).options(scheduling_strategy=strategy)
-
-
-def _place(host: Host) -> str:
-    return f"{host.slice_name} host {host.worker_id} ({host.address})"
-
-
-def _first_lines(error: BaseException) -> str:
-    return " ".join(line.strip() for line in str(error).strip().splitlines()[:3])
-
-
-def _caused(error: BaseException, cause: BaseException | None) -> BaseException:
-    error.__cause__ = cause
-    return error

@@ -15,6 +15,7 @@ import signal
 import socket
 import time
 from contextlib import suppress
+from typing import Any
 
 from fray.backend.ray._tpu_frames import END, GO, GONE, HELLO, KILL, OUTPUT, PING, PONG, STEP, FrameReader, frame
 from fray.detached import leave_caller
@@ -74,10 +75,10 @@ def main(output: int, control: int, go: int) -> None:
 
 
 class _Keeper:
-    def __init__(self, caller: socket.socket, told: dict[str, object], output: int, control: int, go: int) -> None:
+    def __init__(self, caller: socket.socket, told: dict[str, Any], output: int, control: int, go: int) -> None:
         self._caller, self._output, self._control, self._go = caller, output, control, go
-        self._mark, self._grace = str(told["mark"]), float(str(told["grace"]))
-        self._worker, self._raylet = int(str(told["worker"])), int(str(told["raylet"]))
+        self._mark, self._grace = told["mark"], told["grace"]
+        self._worker, self._raylet = told["worker"], told["raylet"]
         self._frames, self._lines = FrameReader(), b""
         self._selector = selectors.DefaultSelector()
         self._send(HELLO, told["hello"])
@@ -121,8 +122,8 @@ class _Keeper:
         """Whether this is a node of Ray's cluster still."""
         return os.path.exists(f"/proc/{self._raylet}")
 
-    def _send(self, kind: bytes, content: object) -> None:
-        self._caller.sendall(frame(kind, content))  # type: ignore[arg-type]
+    def _send(self, kind: bytes, content: bytes | dict[str, Any]) -> None:
+        self._caller.sendall(frame(kind, content))
 
     def _received(self) -> list[tuple[bytes, bytes]]:
         data = self._caller.recv(_BLOCK)

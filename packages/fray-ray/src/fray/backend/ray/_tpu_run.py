@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fray.backend.ray._tpu_attempt import Attempt, AttemptError, Blame, HostEnvironment
+from fray.backend.ray._tpu_attempt import Attempt, HostEnvironment
+from fray.backend.ray._tpu_blame import AttemptError, Blame
 from fray.backend.ray._tpu_slices import SetAside, acquire
 from fray.errors import PreemptedError
 from fray.tpu import TpuType

@@ -46,6 +46,9 @@ class Host:
     address: str
     head_resource: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.slice_name} host {self.worker_id} ({self.address})"
+
     def wanted(self, chips: int, resources: Mapping[str, float]) -> dict[str, float]:
         """Return what is reserved of it: its chips, what the caller asks for beside them, and the slice's head."""
         return {**resources, "TPU": float(chips), **({self.head_resource: 1.0} if self.head_resource else {})}

@@ -194,7 +194,7 @@ class RayClusterContext(ClusterContext):
         from fray.backend.ray._packages import fray_package, make_package
         from fray.snapshot import collect, write_zip
 
-        ray_tpu._check(fn, config, runtime_env)
+        ray_tpu.check_run(fn, config, runtime_env)
         self._join()
         native: dict[str, Any] = {
             "py_modules": [fray_package().uri],

@@ -66,7 +66,7 @@ def run_on_tpu(
         InvalidValueError: There is no such TPU type.
         UnsupportedError: `runtime_env` asks for what the hosts of a slice cannot have of their own.
     """
-    kind = _check(fn, config, runtime_env)
+    kind = check_run(fn, config, runtime_env)
     import ray
     import ray.cloudpickle
     from fray.backend.ray._tpu_run import Pace, run
@@ -86,8 +86,8 @@ def run_on_tpu(
 def run_on_pod(
     remote_fn: Callable[[], Any],
     tpu_type: str,
-    *,
     num_slices: int = 1,
+    *,
     max_retries_preemption: int = 10000,
     max_retries_failure: int = 10,
 ) -> list[Any]:
@@ -107,46 +107,20 @@ def run_on_pod(
     return run_on_tpu(lambda _: fn(), config)
 
 
-def run_on_pod_resumable(
-    remote_fn: Callable[[], Any],
-    tpu_type: str,
-    *,
-    max_retries_preemption: int = 10000,
-    max_retries_failure: int = 10,
-) -> list[Any]:
-    """`run_on_pod` on one slice."""
-    return run_on_pod(
-        remote_fn,
-        tpu_type,
-        max_retries_preemption=max_retries_preemption,
-        max_retries_failure=max_retries_failure,
-    )
+run_on_pod_resumable = run_on_pod
+"""On one slice."""
+
+run_on_pod_multislice_resumable = run_on_pod
+"""On as many slices as its third argument says."""
 
 
 def run_on_pod_multislice(remote_fn: Callable[[], Any], tpu_type: str, num_slices: int) -> list[Any]:
     """`run_on_pod` on several slices, and only once."""
-    return run_on_pod(remote_fn, tpu_type, num_slices=num_slices, max_retries_preemption=0, max_retries_failure=0)
+    return run_on_pod(remote_fn, tpu_type, num_slices, max_retries_preemption=0, max_retries_failure=0)
 
 
-def run_on_pod_multislice_resumable(
-    remote_fn: Callable[[], Any],
-    tpu_type: str,
-    num_slices: int,
-    *,
-    max_retries_preemption: int = 10000,
-    max_retries_failure: int = 10,
-) -> list[Any]:
-    """`run_on_pod` on several slices."""
-    return run_on_pod(
-        remote_fn,
-        tpu_type,
-        num_slices=num_slices,
-        max_retries_preemption=max_retries_preemption,
-        max_retries_failure=max_retries_failure,
-    )
-
-
-def _check(fn: Callable[..., Any], config: TpuRunConfig, runtime_env: RuntimeEnv | None) -> TpuType:
+def check_run(fn: Callable[..., Any], config: TpuRunConfig, runtime_env: RuntimeEnv | None) -> TpuType:
+    """Refuse what `run_on_tpu` cannot be asked for; return the type of its slices."""
     if not callable(fn):
         raise InvalidTypeError(f"run_on_tpu takes a function of one argument (its TpuContext), got {fn!r}")
     if not isinstance(config, TpuRunConfig):
@@ -176,7 +150,7 @@ def _environment(env: RuntimeEnv, defaults: Mapping[str, str], native: Mapping[s
     return HostEnvironment(
         runtime_env=built,
         secrets=dict(env.secrets),
-        own_names=frozenset({*variables, *env.secrets}),
+        own={**variables, **env.secrets},
         defaults={**_DEFAULTS, **defaults},
         resources={each.name: each.quantity for each in env.minimum_resources if each.quantity},
     )

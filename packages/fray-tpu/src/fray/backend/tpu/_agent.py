@@ -24,6 +24,7 @@ import contextlib
 import glob
 import json
 import os
+import random
 import re
 import shlex
 import signal
@@ -274,8 +275,10 @@ class Agent:
                 return
             if time.monotonic() - began > _WELL_AFTER_SECONDS:
                 pause = _FIRST_PAUSE_SECONDS
-            say(f"Ray ended with {code}; it is started again in {pause:.0f} s")
-            self._leaves.wait(pause)
+            # By chance a little sooner: hosts that failed together are not to try again together.
+            wait = pause * random.uniform(0.5, 1.0)
+            say(f"Ray ended with {code}; it is started again in {wait:.1f} s")
+            self._leaves.wait(wait)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     def _chips(self, host: Host) -> int:

@@ -164,45 +164,26 @@ class Api:
         self._call(f"label {_short(node.name)}", _zone(node.name), attempt, deadline)
 
     def list_queued_resources(self, zone: str) -> list[QueuedResource]:
-        """Return all queued resources of a zone, page by page."""
+        """Return all queued resources of a zone."""
         from google.cloud.tpu_v2 import ListQueuedResourcesRequest
 
-        found: list[QueuedResource] = []
-        token = ""
-        while True:
+        def page(timeout: float, token: str) -> tuple[Iterable[QueuedResource], Iterable[str], str]:
             request = ListQueuedResourcesRequest(parent=self._parent(zone), page_size=_PAGE_SIZE, page_token=token)
+            found = next(iter(self._client.list_queued_resources(request, retry=None, timeout=timeout).pages))
+            return found.queued_resources, found.unreachable, found.next_page_token
 
-            def attempt(timeout: float, request: ListQueuedResourcesRequest = request) -> list[QueuedResource]:
-                pager = self._client.list_queued_resources(request, retry=None, timeout=timeout)
-                page = next(iter(pager.pages))
-                self._all_reached(page.unreachable)
-                nonlocal token
-                token = page.next_page_token
-                return list(page.queued_resources)
-
-            found += self._call(f"list queued resources in {_where(zone)}", zone, attempt, None)
-            if not token:
-                return found
+        return self._all_pages("queued resources", zone, page)
 
     def list_nodes(self, zone: str) -> list[Node]:
-        """Return all nodes of a zone, page by page."""
+        """Return all nodes of a zone."""
         from google.cloud.tpu_v2 import ListNodesRequest
 
-        found: list[Node] = []
-        token = ""
-        while True:
+        def page(timeout: float, token: str) -> tuple[Iterable[Node], Iterable[str], str]:
             request = ListNodesRequest(parent=self._parent(zone), page_size=_PAGE_SIZE, page_token=token)
+            found = next(iter(self._client.list_nodes(request, retry=None, timeout=timeout).pages))
+            return found.nodes, found.unreachable, found.next_page_token
 
-            def attempt(timeout: float, request: ListNodesRequest = request) -> list[Node]:
-                page = next(iter(self._client.list_nodes(request, retry=None, timeout=timeout).pages))
-                self._all_reached(page.unreachable)
-                nonlocal token
-                token = page.next_page_token
-                return list(page.nodes)
-
-            found += self._call(f"list nodes in {_where(zone)}", zone, attempt, None)
-            if not token:
-                return found
+        return self._all_pages("nodes", zone, page)
 
     def operation_error(self, operation: str, *, what: str, zone: str) -> tuple[bool, FrayError | None]:
         """Return whether an operation is done, and why it failed if it did. One that is forgotten is done."""
@@ -288,6 +269,31 @@ class Api:
             wait = self._next_call - now
         if wait > 0:
             self.pause(wait)
+
+    def _all_pages(
+        self, what: str, zone: str, page: Callable[[float, str], tuple[Iterable[_Answer], Iterable[str], str]]
+    ) -> list[_Answer]:
+        """Return all that a list call gives, each page a call of its own, repeated by itself where it fails.
+
+        Args:
+            what: What is listed.
+            zone: Where.
+            page: Makes the call, given its timeout and a page's token; returns what is on the page, the places that
+                could not be asked, and the next page's token, empty after the last.
+        """
+        found: list[_Answer] = []
+        token = ""
+        while True:
+
+            def attempt(timeout: float, token: str = token) -> tuple[list[_Answer], str]:
+                listed, unreachable, following = page(timeout, token)
+                self._all_reached(unreachable)
+                return list(listed), following
+
+            listed, token = self._call(f"list {what} in {_where(zone)}", zone, attempt, None)
+            found += listed
+            if not token:
+                return found
 
     def _all_reached(self, unreachable: Iterable[str]) -> None:
         # What cannot be seen is not taken for what is not there.

@@ -8,9 +8,7 @@ kernel frees it with the process, so a free lock means that nobody does. The sto
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
-import platform
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fray.backend.tpu._messages import node_ids, queued_resource_id
 from fray.backend.tpu.types import SliceRequest
 from fray.errors import PlatformError
+from fray.state import machine_digest, write_durably
 
 __all__ = ["Candidate", "Claim", "Intent", "IntentState", "IntentStore", "default_directory"]
 
@@ -193,12 +192,8 @@ class IntentStore:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             path = self._path(intent.name)
             fresh = path.with_suffix(f".{os.getpid()}.tmp")
-            descriptor = os.open(fresh, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:
-                with open(descriptor, "wb") as file:
-                    file.write(intent.model_dump_json().encode())
-                    file.flush()
-                    os.fsync(descriptor)
+                write_durably(fresh, intent.model_dump_json().encode())
                 os.replace(fresh, path)
             except BaseException:
                 fresh.unlink(missing_ok=True)
@@ -268,11 +263,4 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 def default_directory() -> Path:
     """The store of this machine and user."""
-    machine = platform.node()
-    for path in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
-        try:
-            machine += Path(path).read_text().strip()
-            break
-        except OSError:
-            continue
-    return platformdirs.user_state_path("fray") / "tpu" / hashlib.sha256(machine.encode()).hexdigest()[:12]
+    return platformdirs.user_state_path("fray") / "tpu" / machine_digest()

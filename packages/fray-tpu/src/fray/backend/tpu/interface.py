@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 from fray.backend.tpu.types import Lease, OnProgress, SliceGroup, SliceRequest
 from fray.errors import DeletionFailedError
@@ -103,8 +103,13 @@ class Provisioner(abc.ABC):
 
     As a context manager it deletes, on leaving, whatever was created through it: after an error and after Ctrl-C too.
 
+    Attributes:
+        environment_variables: The `FRAY_…` variables that it reads; `fray doctor` shows them.
+
     @plugin-dev: register the class under the entry point group `fray.provisioners`.
     """
+
+    environment_variables: ClassVar[frozenset[str]] = frozenset()
 
     @abc.abstractmethod
     def create(self, request: SliceRequest) -> SliceGroup:

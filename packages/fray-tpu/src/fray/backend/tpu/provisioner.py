@@ -62,6 +62,10 @@ class TpuProvisioner(Provisioner):
         calls_per_second: How many are made in a second, over time.
     """
 
+    environment_variables = frozenset(
+        {"FRAY_TPU_OWNER", "FRAY_TPU_ENDPOINT", "FRAY_TPU_SSH", "FRAY_TPU_FAKE_DIRECTORY"}
+    )
+
     def __init__(
         self,
         project: str | None = None,

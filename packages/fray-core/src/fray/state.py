@@ -1,4 +1,8 @@
-"""Locks that the kernel frees when their last holder is gone, and writes that are whole."""
+"""What a backend keeps on this machine's disk.
+
+Locks that the kernel frees when their last holder is gone, writes that are whole, and what tells this machine from
+others that share a home directory.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["held", "is_locked", "taken", "write_all", "write_durably"]
+__all__ = ["held", "is_locked", "machine_digest", "taken", "write_all", "write_durably"]
+
+
+def machine_digest() -> str:
+    """Return a short name of this machine: in a shared home directory, another one's state is not our business."""
+    import hashlib
+    import platform
+
+    machine = platform.node()
+    for path in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
+        try:
+            machine += Path(path).read_text().strip()
+            break
+        except OSError:
+            continue
+    return hashlib.sha256(machine.encode()).hexdigest()[:12]
 
 
 def is_locked(path: Path) -> bool:
