@@ -10,6 +10,7 @@ import fcntl
 import functools
 import json
 import os
+import pty
 import re
 import shlex
 import signal
@@ -150,8 +151,32 @@ def test_ctrl_c_deletes_what_was_asked_for(fray: TpuCommand, cloud: FakeCloud) -
         interrupt(process)
         _, said = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == 130
-    assert b"interrupted: train is deleted" in said
+    assert b"interrupted: train is being deleted; should that be interrupted too: `fray tpu gc --yes --fake`" in said
     assert cloud.existing() == []
+
+
+def test_a_closed_terminal_deletes_what_was_asked_for(fray: TpuCommand, cloud: FakeCloud) -> None:
+    cloud.offer(Supply(**{**QUICK, "queue_seconds": 1e6}))
+    ours, theirs = pty.openpty()
+    line = fray._line(["tpu", "up", "v5litepod-16", "--name", "train", "--fake"])
+    with subprocess.Popen(
+        line, env=fray.environment, cwd=fray.project, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    ) as process:
+        os.close(theirs)
+        with open(ours, "rb", buffering=0) as screen:
+            read_until(process, screen, b"waiting for capacity")
+        os.kill(process.pid, signal.SIGHUP)
+        assert process.wait(DEADLINE_SECONDS) == 128 + signal.SIGHUP
+    assert cloud.existing() == []
+
+
+def test_a_gc_that_fails_prints_one_document(fray: TpuCommand, cloud: FakeCloud) -> None:
+    fray.up("v5litepod-4", "--name", "train", "--no-wait")
+    cloud.inject(Fault("DeleteQueuedResource", code=16, message="Request had invalid authentication", times=100))
+    done = fray.tpu("gc", "--yes", "--json", "--fake")
+    assert done.returncode == 69
+    assert json.loads(done.stdout)["failed"][0]["name"] == "train"
+    assert done.stderr == ""
 
 
 def test_a_terminated_up_deletes_what_was_asked_for(fray: TpuCommand, cloud: FakeCloud) -> None:
@@ -241,6 +266,11 @@ def test_googles_refusals_say_what_to_do(
         (["up", "v5litepod-16", "--fake", "--ttl", "soon"], "--ttl"),
         (["up", "v5litepod-16", "--fake", "--name", "Train"], "lower-case"),
         (["up", "v5litepod-16", "--fake", "--label", "x"], "KEY=VALUE"),
+        (["up", "v5litepod-16", "--fake", "--label", "1abc=x"], "a letter first"),
+        (["up", "v5litepod-16", "--fake", "--reservation", ""], "reservation"),
+        (["up", "v5litepod-16", "--fake", "--service-account", ""], "service_account"),
+        (["up", "v5litepod-16", "--fake", "--metadata", "startup-script=x"], "startup_script"),
+        (["up", "v5litepod-16", "v5litepod-8", "--fake", "--at-once", "--no-wait"], "--no-wait"),
         (["up", "v5litepod-16", "--fake", "--setup", "/no/such/file"], "--setup"),
         (["up", "v5litepod-16", "--fake", "--join-ray", "http://head:8265"], "dashboard"),
         (["up", "v5litepod-16", "-z", "us-central1-a", "--join-ray", "localhost:6379"], "each TPU host's own"),
@@ -379,6 +409,7 @@ def test_hosts_that_cannot_be_reached_are_said_to_be(
     done = on_hosts("exec", "train", "--fake", "--identity", str(make_key(tmp_path / "other")), "true")
     assert done.returncode == 69
     assert "Permission denied" in done.stderr
+    assert "--identity names one that they know" in done.stderr
 
 
 def test_the_ssh_command_is_printed(fray: TpuCommand, cloud: FakeCloud) -> None:
@@ -388,7 +419,7 @@ def test_the_ssh_command_is_printed(fray: TpuCommand, cloud: FakeCloud) -> None:
     )
     words = shlex.split(done.stdout)
     assert words[0] == "ssh"
-    assert words[-3:] == ["--", "10.0.0.5", "uptime"]
+    assert words[-3:] == ["--", "198.18.0.5", "uptime"]
     assert words[words.index("-l") + 1] == "ada"
     assert any(word.startswith("HostKeyAlias=train-") and word.endswith("-w3") for word in words)
     assert fray.tpu("ssh", "train", "--fake", "--rank", "4", "--print").returncode == 2

@@ -123,6 +123,61 @@ def test_missing_credentials_name_the_command_that_gets_them(tmp_path: Path, mon
         TpuProvisioner(state_directory=tmp_path, owner="jane").list()
 
 
+@pytest.mark.parametrize(
+    ("code", "words", "kind", "remedy"),
+    [
+        (
+            5,
+            "Reservation 'projects/p/locations/z1-a/reservations/r1' not found",
+            errors.ReservationError,
+            "reservations",
+        ),
+        (
+            3,
+            "Runtime version 'projects/p/locations/z1-a/x' was not found",
+            errors.InvalidAcceleratorError,
+            "versions list",
+        ),
+        (
+            3,
+            "subnetwork projects/p/regions/z1/subnetworks/s does not exist",
+            errors.InvalidValueError,
+            "does not exist",
+        ),
+        (7, "Permission denied on 'locations/z1-a' (or it may not exist).", errors.InvalidValueError, "locations list"),
+        (
+            7,
+            "Permission 'tpu.nodes.get' denied on 'projects/p/locations/z1-a' (or it may not exist).",
+            errors.AuthenticationError,
+            "the permission tpu.nodes.get in project p. An administrator grants it",
+        ),
+        (3, "Project 'p' not found or deleted", errors.InvalidValueError, "projects list"),
+        (3, "project not found: p", errors.InvalidValueError, "projects list"),
+        (7, "Permission denied on resource project p.", errors.InvalidValueError, "projects list"),
+    ],
+)
+def test_what_a_message_is_about_is_not_what_it_names_on_the_way(
+    code: int, words: str, kind: type[errors.FrayError], remedy: str
+) -> None:
+    from google.api_core import exceptions
+
+    error = exceptions.from_grpc_status(code, words)
+    translated = translate(error, what="create train", project="p", zone="z1-a")
+    assert type(translated) is kind
+    assert remedy in str(translated)
+    assert ("Is 'p' the right project?" in str(translated)) == (remedy == "projects list")
+
+
+def test_a_quota_that_no_choice_is_within_is_still_told(cloud: FakeCloud, tmp_path: Path) -> None:
+    for zone in ("us-central1-a", "us-east5-b"):
+        cloud.inject(Fault.quota("TPUS_PER_ZONE", 16, zone))
+    choices = (SliceChoice("v5litepod-16", "us-central1-a"), SliceChoice("v5litepod-16", "us-east5-b"))
+    with pytest.raises(errors.QuotaExceededError) as caught:
+        provisioner_of(cloud, tmp_path).create(request_of("train", *choices))
+    error = caught.value
+    assert (error.quota, error.limit, error.region) == ("TPUS_PER_ZONE", 16, "us-east5-b")
+
+
 def test_every_error_of_googles_is_mapped() -> None:
     from google.api_core import exceptions
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
+import threading
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from google.auth.exceptions import RefreshError, TransportError
 from google.cloud import tpu_v2
 
 from fray import errors
-from fray.backend.tpu import DataDisk, Progress, SliceChoice, SliceState, Tier, label_value
+from fray.backend.tpu import DataDisk, Progress, SliceChoice, SliceState, Tier, TpuProvisioner, label_value
+from fray.backend.tpu._api import Api, StoppedError, at_once
 from fray.backend.tpu._labels import INTENT, LEASE_UNTIL
-from fray.backend.tpu.testing import Ending, FakeCloud, Fault, Moment, Supply
+from fray.backend.tpu.testing import Ending, FakeCloud, Fault, Moment, Supply, VirtualClock
 from tests.tpu.cloud_harness import ZONE, Killed, Trap, provisioner_of, request_of
 
 OTHER_ZONE = "us-east5-b"
@@ -293,6 +298,89 @@ def test_calls_are_spread_over_time(cloud: FakeCloud, tmp_path: Path) -> None:
     assert cloud.clock.now() - began >= 40 / 2 - 3
 
 
+NO_TOKEN = "Getting metadata from plugin failed with error: HTTPSConnectionPool(host='oauth2.googleapis.com', port=443)"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("GetQueuedResource", message=NO_TOKEN, times=12),
+        Fault.rate_limited("GetQueuedResource", times=12, retry_after_seconds=10),
+    ],
+    ids=["no token just now", "too many calls"],
+)
+def test_a_wait_outlives_what_passes(cloud: FakeCloud, tmp_path: Path, fault: Fault) -> None:
+    """Longer than one call is tried again."""
+    provisioner = provisioner_of(cloud, tmp_path)
+    provisioner.create(request_of())
+    cloud.inject(fault)
+    told: list[Progress] = []
+    assert provisioner.wait_ready("train", told.append).state is SliceState.READY
+    assert told[0].state is SliceState.UNKNOWN
+    assert fault.message.rstrip(".") in told[0].message
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (TransportError("oauth2.googleapis.com cannot be reached"), True),
+        (RefreshError("busy", retryable=True), True),  # type: ignore[no-untyped-call]
+        (RefreshError("invalid_grant: Bad Request"), False),  # type: ignore[no-untyped-call]
+    ],
+    ids=["unreachable", "busy", "no longer good"],
+)
+def test_credentials_that_give_no_token_just_now_are_tried_again(
+    cloud: FakeCloud, tmp_path: Path, error: Exception, passes: bool
+) -> None:
+    failures = [error]
+
+    def look(method: str, request: Any) -> None:
+        if failures:
+            raise failures.pop()
+
+    provisioner = provisioner_of(cloud, tmp_path, Watch(look))
+    if passes:
+        assert provisioner.list() == []
+    else:
+        with pytest.raises(errors.AuthenticationError, match="gcloud auth application-default login"):
+            provisioner.list()
+
+
+def test_a_clock_that_is_set_back_delays_no_call(cloud: FakeCloud, tmp_path: Path) -> None:
+    clock = VirtualClock()
+    provisioner = TpuProvisioner(cloud.project, client=cloud.client(), clock=clock, owner="jane")
+    provisioner.list()
+    now = clock._now = clock.now() - HOUR
+    provisioner.list()
+    assert clock.now() - now < 60
+
+
+def test_interrupts_reach_what_works_at_once_within_what_works_at_once() -> None:
+    clock = VirtualClock()
+    api = Api("p", lambda: None, clock)  # type: ignore[arg-type,return-value]
+    waits, ended = threading.Barrier(2), threading.Event()
+
+    def inner(number: int) -> None:
+        if number == 0:
+            waits.wait(60)
+        try:
+            while True:
+                api.pause(1)
+        except StoppedError:
+            ended.set()
+            raise
+
+    def outer(number: int) -> None:
+        if number:
+            at_once(inner, [0, 1], 2)
+        waits.wait(60)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        at_once(outer, [0, 1], 2)
+    assert ended.is_set()
+
+
 @pytest.mark.parametrize("number", [98, 1])
 def test_a_state_that_google_adds_is_waited_on(cloud: FakeCloud, tmp_path: Path, number: int) -> None:
     waiting = int(tpu_v2.QueuedResourceState.State.WAITING_FOR_RESOURCES)
@@ -324,12 +412,73 @@ def test_what_somebody_deletes_is_not_asked_for_again(cloud: FakeCloud, tmp_path
         if cloud.calls.count("DeleteQueuedResource") == 0:
             provisioner_of(cloud, tmp_path / where).delete("train")
 
-    with pytest.raises(errors.SliceNotFoundError, match="deleted by somebody while it was waited for"):
+    with pytest.raises(errors.SliceNotFoundError, match=r"was deleted by .* while it was waited for"):
         waiting.wait_ready("train", look)
     assert names(cloud) == records(tmp_path) == []
 
 
+@pytest.mark.parametrize("call", range(1, 12))
+def test_a_request_that_is_deleted_at_any_call_leaves_nothing(cloud: FakeCloud, tmp_path: Path, call: int) -> None:
+    cloud.offer(Supply(Ending.STOCKOUT), zone=ZONE)
+    left = [call]
+
+    def look(method: str, request: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            with suppress(errors.SliceNotFoundError):
+                provisioner_of(cloud, tmp_path).delete("train")
+
+    with pytest.raises(errors.SliceNotFoundError), provisioner_of(cloud, tmp_path, Watch(look)) as waiting:  # noqa: PT012
+        waiting.create(request_of("train", HERE, THERE))
+        waiting.wait_ready("train")
+    assert left[0] <= 0
+    assert names(cloud) == records(tmp_path) == []
+
+
 # Deletion
+
+
+def test_deletion_outlives_a_refusal(cloud: FakeCloud, tmp_path: Path) -> None:
+    provisioner = provisioner_of(cloud, tmp_path)
+    provisioner.create(request_of())
+    provisioner.wait_ready("train")
+    refusal = "Request had invalid authentication credentials"
+    cloud.inject(Fault("DeleteQueuedResource", code=16, message=refusal, times=2))
+    provisioner.delete("train")
+    assert names(cloud) == []
+
+
+@pytest.mark.parametrize("how", ["damaged record", "no directory"])
+def test_a_state_directory_that_cannot_be_used_keeps_nothing_alive(cloud: FakeCloud, tmp_path: Path, how: str) -> None:
+    state = tmp_path / "state"
+    with provisioner_of(cloud, state) as provisioner:
+        provisioner.create(request_of())
+        provisioner.wait_ready("train")
+        if how == "damaged record":
+            (state / cloud.project / "train.json").write_text("{")
+        else:
+            shutil.rmtree(state)
+            state.write_text("a file")
+    assert names(cloud) == []
+
+
+def test_what_is_deleted_by_name_is_gone_though_its_record_is_damaged_and_that_is_said(
+    cloud: FakeCloud, tmp_path: Path
+) -> None:
+    provisioner = provisioner_of(cloud, tmp_path)
+    provisioner.create(request_of())
+    provisioner.wait_ready("train")
+    (tmp_path / cloud.project / "train.json").write_text("{")
+    with pytest.raises(errors.DeletionFailedError, match=r"train\.json.* is damaged"):
+        provisioner.delete("train")
+    assert names(cloud) == []
+
+
+def test_what_was_never_used_is_closed_without_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GOOGLE_CLOUD_PROJECT", raising=False)
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "none"))
+    with TpuProvisioner(state_directory=tmp_path, owner="jane"):
+        pass
 
 
 def test_leaving_the_block_deletes_what_was_created_in_it(cloud: FakeCloud, tmp_path: Path) -> None:
@@ -356,7 +505,7 @@ def test_what_cannot_be_deleted_is_said_and_found_again(cloud: FakeCloud, tmp_pa
     group = provisioner.wait_ready("train")
     cloud.inject(Fault("DeleteQueuedResource", times=100_000))
     with pytest.raises(
-        errors.DeletionFailedError, match=r"may be left and billed: .*currently unavailable.*fray tpu gc"
+        errors.DeletionFailedError, match=r"may be left and billed: .*currently unavailable.*`reconcile`"
     ):
         provisioner.delete(group)
     cloud.heal()
@@ -566,6 +715,56 @@ def unlabelled(cloud: FakeCloud, **labels: str) -> None:
     spec = tpu_v2.QueuedResource.Tpu.NodeSpec(parent=parent, node_id="theirs", node=node)
     made = tpu_v2.QueuedResource(tpu=tpu_v2.QueuedResource.Tpu(node_spec=[spec]))
     cloud.client().create_queued_resource(parent=parent, queued_resource_id="theirs", queued_resource=made)
+
+
+def test_anothers_slices_are_neither_waited_for_nor_renewed(cloud: FakeCloud, tmp_path: Path) -> None:
+    alice, bob = (provisioner_of(cloud, tmp_path / owner, owner=owner) for owner in ("alice", "bob"))
+    alice.create(request_of())
+    alice.wait_ready("train")
+    before = alice.describe("train").lease
+    for call in (bob.describe, bob.wait_ready, lambda name: bob.renew(name, HOUR * 24 * 300)):
+        with pytest.raises(errors.SliceNotFoundError, match=r"bob has no slices named 'train'.*alice has"):
+            call("train")
+    assert bob.describe("train", all_owners=True).lease == before
+    with pytest.raises(errors.InvalidValueError, match="a year"):
+        alice.renew("train", 1e12)
+
+
+def test_anothers_requests_on_this_machine_are_left_alone(cloud: FakeCloud, tmp_path: Path) -> None:
+    """Two people may share a user, as on a machine of a service account's."""
+    alice, bob = (provisioner_of(cloud, tmp_path, owner=owner) for owner in ("alice", "bob"))
+    alice.create(request_of())
+    alice.close()
+    assert bob.plan_gc().doomed == ()
+    assert bob.reconcile().deleted == ()
+    with pytest.raises(errors.InvalidValueError, match="alice's, and not bob's"):
+        bob.delete("train")
+    assert names(cloud) == [f"{ZONE}/queuedResources/train"]
+    (doomed,) = bob.plan_gc(all_owners=True).doomed
+    assert doomed.owner == "alice"
+    bob.gc(bob.plan_gc(all_owners=True))
+    assert names(cloud) == records(tmp_path) == []
+
+
+def test_requests_in_other_zones_are_left_alone(cloud: FakeCloud, tmp_path: Path) -> None:
+    provisioner = provisioner_of(cloud, tmp_path)
+    provisioner.create(request_of())
+    provisioner.close()
+    elsewhere = provisioner_of(cloud, tmp_path, zones=OTHER_ZONE)
+    assert elsewhere.plan_gc().doomed == ()
+    with pytest.raises(errors.SliceNotFoundError):
+        elsewhere.delete("train")
+    assert names(cloud) == [f"{ZONE}/queuedResources/train"]
+    provisioner_of(cloud, tmp_path, zones=ZONE).reconcile()
+    assert names(cloud) == []
+
+
+def test_a_request_that_waits_for_somebody_is_not_asked_for_again(cloud: FakeCloud, tmp_path: Path) -> None:
+    provisioner = provisioner_of(cloud, tmp_path)
+    provisioner.create(request_of())
+    provisioner.close()
+    with pytest.raises(errors.SliceExistsError, match="`fray tpu wait train` takes it up"):
+        provisioner_of(cloud, tmp_path).create(request_of())
 
 
 def test_what_fray_did_not_make_is_never_seen(cloud: FakeCloud, tmp_path: Path) -> None:

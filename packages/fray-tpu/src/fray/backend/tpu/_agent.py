@@ -40,11 +40,14 @@ from typing import Any, Callable, NamedTuple, NoReturn  # noqa: UP035  # collect
 
 LEASE_UNTIL = "fray-lease-until"
 LEASE_FORM = "%Y%m%dt%H%M%Sz"
+# Written by the startup script when all is installed.
+PREPARED = "prepared"
 TPU_API = "https://tpu.googleapis.com"
 SECRETS_API = "https://secretmanager.googleapis.com"
 
 _REQUEST_SECONDS = 20
 _FIRST_PAUSE_SECONDS = 1.0
+_PREPARED_LOOK_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 60.0
 # Ray that ran for so long was well: the next pause is a short one again.
 _WELL_AFTER_SECONDS = 120.0
@@ -150,8 +153,8 @@ class Google:
         """Give the node these labels and no others."""
         self._call("PATCH", f"{self._api}/v2/{path}?updateMask=labels", "tpu.nodes.update", {"labels": labels})
 
-    def delete(self, path: str) -> None:
-        """Delete a queued resource with its nodes, or a node."""
+    def delete(self, path: str) -> bool:
+        """Delete a queued resource with its nodes, or a node; return whether it was there."""
         is_node = "/nodes/" in path
         permission = "tpu.nodes.delete" if is_node else "tpu.queuedResources.delete and tpu.nodes.delete"
         try:
@@ -159,6 +162,8 @@ class Google:
         except urllib.error.HTTPError as error:
             if error.code != 404:
                 raise
+            return False
+        return True
 
     def secret(self, name: str) -> str:
         """Return the value of a secret's version."""
@@ -238,11 +243,16 @@ class Agent:
             last_resort.start()
 
     def _keep_ray(self, host: Host) -> None:
+        while not (self._directory / PREPARED).exists():
+            if self._leaves.wait(_PREPARED_LOOK_SECONDS):
+                return
         variables = dict(os.environ)
         # Ray asks Google's metadata server by itself, and these, inherited by what Ray runs, could mislead libtpu: they
         # are set only where that server is another one's.
         if os.environ.get("GCE_METADATA_HOST"):
             variables.update(host.variables())
+        # By itself Ray refuses a Python of another patch version than the head's, which nobody can choose everywhere.
+        variables.setdefault("RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL", "minor")
         variables.setdefault("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", _DRAIN_SECONDS)
         variables["RAY_AUTH_MODE"] = "disabled"
         if secret := self._settings.get("token_secret"):
@@ -349,9 +359,13 @@ class Agent:
         say(f"the time to live ends {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(made + seconds))} UTC")
         while (left := ends - time.time()) > 0:
             time.sleep(min(left, 3600))  # not one long sleep: the clock may be set meanwhile
-        path = node.get("queuedResource") or host.path
-        say(f"the time to live is over: {path} is deleted")
-        self._insist(f"delete {path}", lambda: self._google.delete(path))
+        queued = node.get("queuedResource")
+        say(f"the time to live is over: {queued or host.path} is deleted")
+        # Again and again: the deletion ends this host too, unless it fails.
+        while not self._leaves.is_set():
+            if not queued or not self._insist(f"delete {queued}", lambda: self._google.delete(queued)):
+                self._insist(f"delete {host.path}", lambda: self._google.delete(host.path))
+            self._leaves.wait(_NEXT_WORKER_SECONDS)
 
     def _insist(self, what: str, call: Callable[[], Any]) -> Any:
         """Make a call until it succeeds; None where the host leaves first."""

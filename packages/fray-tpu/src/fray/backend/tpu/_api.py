@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 from fray.backend.tpu._errors import (
+    is_passing_credentials_error,
     is_transient,
     retry_after_seconds,
     translate,
@@ -36,11 +37,24 @@ CALL_DEADLINE_SECONDS = 120.0
 _FIRST_DELAY_SECONDS = 1.0
 _LONGEST_DELAY_SECONDS = 30.0
 _PAGE_SIZE = 500
+# More calls than are ever made at the same time.
+_LONGEST_LINE = 1000
 _stopping = threading.local()
 
 
 class StoppedError(Exception):
     """Raised in a thread whose siblings do not need its answer any more."""
+
+
+class _Stop:
+    """Whether those who work at once are to end; so are those whom one of them has working at once for it."""
+
+    def __init__(self, outer: _Stop | None) -> None:
+        self.is_wanted = False
+        self._outer = outer
+
+    def __bool__(self) -> bool:
+        return self.is_wanted or bool(self._outer)
 
 
 def at_once(function: Callable[[_Item], _Answer], items: Sequence[_Item], workers: int) -> list[_Answer]:
@@ -50,10 +64,10 @@ def at_once(function: Callable[[_Item], _Answer], items: Sequence[_Item], worker
     """
     if workers <= 1 or len(items) <= 1:
         return [function(item) for item in items]
-    stop = threading.Event()
+    stop = _Stop(getattr(_stopping, "stop", None))
 
     def call(item: _Item) -> _Answer:
-        _stopping.event = stop
+        _stopping.stop = stop
         return function(item)
 
     with ThreadPoolExecutor(min(workers, len(items)), thread_name_prefix="fray-tpu") as pool:
@@ -61,7 +75,7 @@ def at_once(function: Callable[[_Item], _Answer], items: Sequence[_Item], worker
         try:
             return [future.result() for future in futures]
         except BaseException:
-            stop.set()
+            stop.is_wanted = True
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 
@@ -130,6 +144,11 @@ class Api:
     def get_node(self, name: str, deadline: float | None = None) -> Node | None:
         """Return a node; None where there is none of this name."""
         return self._get(name, lambda timeout: self._client.get_node(name=name, retry=None, timeout=timeout), deadline)
+
+    def get_nodes(self, names: Sequence[str], workers: int, deadline: float | None = None) -> dict[str, Node]:
+        """Return those of the nodes that there are, by the names that they were asked for by."""
+        found = at_once(lambda name: self.get_node(name, deadline), names, workers)
+        return {name: node for name, node in zip(names, found, strict=True) if node is not None}
 
     def delete_queued_resource(self, name: str, *, request_id: str, deadline: float) -> str | None:
         """Delete a queued resource and its nodes; return the operation's name, None where it was gone."""
@@ -241,7 +260,9 @@ class Api:
                 # An answer that is due after the deadline is better than none: at least a second.
                 return attempt(max(1.0, min(CALL_TIMEOUT_SECONDS, deadline - self._clock.now())))
             except GoogleAuthError as error:
-                raise translate_credentials(error) from error
+                pause = delay * (0.5 + self._jitter())
+                if not is_passing_credentials_error(error) or self._clock.now() + pause >= deadline:
+                    raise translate_credentials(error) from error
             except GoogleAPICallError as error:
                 pause = max(delay * (0.5 + self._jitter()), retry_after_seconds(error))
                 if not is_transient(error) or self._clock.now() + pause >= deadline:
@@ -251,12 +272,12 @@ class Api:
 
     def pause(self, seconds: float) -> None:
         """Let time go by; end early where nobody waits any more."""
-        event: threading.Event | None = getattr(_stopping, "event", None)
-        if event is None:
+        stop: _Stop | None = getattr(_stopping, "stop", None)
+        if stop is None:
             self._clock.sleep(seconds)
             return
         while seconds > 0:
-            if event.is_set():
+            if stop:
                 raise StoppedError
             self._clock.sleep(min(1.0, seconds))
             seconds -= 1.0
@@ -265,6 +286,8 @@ class Api:
         """Take a place in the line of calls: some may come in a burst, then they are spread."""
         with self._lock:
             now = self._clock.now()
+            if self._next_call > now + _LONGEST_LINE * self._interval:
+                self._next_call = now  # the clock was set back: there is no such line
             self._next_call = max(self._next_call, now - self._burst_seconds) + self._interval
             wait = self._next_call - now
         if wait > 0:

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,13 +81,15 @@ def up(
     """
     from fray.backend.tpu._display import WaitDisplay
 
+    if no_wait and request.at_once and len(request.choices) > 1:
+        raise InvalidValueError("--no-wait: with --at-once all choices could be granted, and nobody would cancel any")
     with _provisioner(project, None, fake) as provisioner, WaitDisplay() as display:
-        with _told_on_interrupt(request.name, display):
+        with _told_on_interrupt(request.name, display, _where(project, fake)):
             group = provisioner.create(request)
             if not no_wait:
                 group = provisioner.wait_ready(request.name, display)
         display.stop()
-        _show_new(group, fake, as_json)
+        _show_new(group, _where(project, fake), as_json)
 
 
 @app.command("wait")
@@ -99,10 +101,10 @@ def wait(name: Name, project: Project = None, fake: Fake = False, as_json: AsJso
     from fray.backend.tpu._display import WaitDisplay
 
     with _provisioner(project, None, fake) as provisioner, WaitDisplay() as display:
-        with _told_on_interrupt(name, display):
+        with _told_on_interrupt(name, display, _where(project, fake)):
             group = provisioner.wait_ready(name, display)
         display.stop()
-        _show_new(group, fake, as_json)
+        _show_new(group, _where(project, fake), as_json)
 
 
 @app.command("plan")
@@ -153,13 +155,18 @@ def list_groups(
 
 @app.command("describe")
 def describe(
-    name: Name, project: Project = None, zone: Zones = None, fake: Fake = False, as_json: AsJson = False
+    name: Name,
+    all_owners: AllOwners = False,
+    project: Project = None,
+    zone: Zones = None,
+    fake: Fake = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show all that is known of a group of slices."""
     from fray.backend.tpu._display import group_as_plain, print_group
 
     with _provisioner(project, zone, fake) as provisioner:
-        group = provisioner.describe(name)
+        group = provisioner.describe(name, all_owners=all_owners)
     if as_json:
         print_json(group_as_plain(group))
     else:
@@ -175,6 +182,7 @@ def ssh(
     user: User = None,
     identity: Identity = None,
     internal_ip: Internal = False,
+    all_owners: AllOwners = False,
     project: Project = None,
     zone: Zones = None,
     fake: Fake = False,
@@ -184,7 +192,7 @@ def ssh(
     from fray.backend.tpu._ssh import ssh_command
 
     with _provisioner(project, zone, fake) as provisioner:
-        workers = _workers(provisioner.describe(name), internal_ip)
+        workers = _workers(provisioner.describe(name, all_owners=all_owners), internal_ip)
     if rank >= len(workers):
         raise InvalidValueError(f"--rank: {name} has the hosts 0 to {len(workers) - 1}")
     line = ssh_command(workers[rank], _joined(command), _ssh_options(user, identity), batch=False)
@@ -214,6 +222,7 @@ def exec_everywhere(
     user: User = None,
     identity: Identity = None,
     internal_ip: Internal = False,
+    all_owners: AllOwners = False,
     project: Project = None,
     zone: Zones = None,
     fake: Fake = False,
@@ -227,7 +236,7 @@ def exec_everywhere(
     from fray.backend.tpu._ssh import run_on_workers
 
     with _provisioner(project, zone, fake) as provisioner:
-        workers = _workers(provisioner.describe(name), internal_ip)
+        workers = _workers(provisioner.describe(name, all_owners=all_owners), internal_ip)
     width = len(str(len(workers) - 1))
 
     def show(line: WorkerLine) -> None:
@@ -246,6 +255,10 @@ def exec_everywhere(
     for end in ends:
         if end.has_failed:
             say(f"host {end.rank} {_end_text(end)}")
+    if any(end.exit_code is None and "Permission denied (publickey" in end.message for end in ends):
+        say(
+            "the hosts do not know the key: --identity names one that they know; `fray tpu up --metadata` can tell them"
+        )
     code = _exit_code(ends)
     if code == EXIT_TIMEOUT:
         say(f"the time is over: {sum(end.was_stopped for end in ends)} of {len(ends)} hosts were stopped")
@@ -321,9 +334,12 @@ def gc(
         for problem in planned.unreadable:
             say(problem)
         report = provisioner.gc(planned) if yes else None
+    failures = [] if report is None else [f"{one.name}: {reason}" for one, reason in report.failed]
     if as_json:
         shown = {"doomed": [doomed_as_plain(one) for one in planned.doomed], "unreadable": list(planned.unreadable)}
         print_json(shown if report is None else {**shown, **gc_as_plain(report)})
+        if failures:  # they are in the document
+            raise typer.Exit(EXIT_PLATFORM)
     elif report is None:
         if planned.doomed:
             print_doomed(planned.doomed, with_owner=all_owners)
@@ -334,8 +350,8 @@ def gc(
         print_lines(one.name for one in report.deleted)
         for one in report.spared:
             say(f"{one.name} is spared: its lease was renewed, or somebody looks after it")
-    if report is not None and report.failed:
-        raise ProvisioningError("; ".join(f"{one.name}: {reason}" for one, reason in report.failed))
+    if failures:
+        raise ProvisioningError("; ".join(failures))
 
 
 @app.command("types")
@@ -364,7 +380,12 @@ def types(
         print_types(chosen, region)
 
 
-def _show_new(group: SliceGroup, fake: bool, as_json: bool) -> None:
+def _where(project: str | None, fake: bool) -> str:
+    """Return the options by which another command finds what this one made."""
+    return (f" --project {shlex.quote(project)}" if project else "") + (" --fake" if fake else "")
+
+
+def _show_new(group: SliceGroup, where: str, as_json: bool) -> None:
     from fray.backend.tpu._display import group_as_plain, group_cost
 
     if as_json:
@@ -373,7 +394,7 @@ def _show_new(group: SliceGroup, fake: bool, as_json: bool) -> None:
     cost = group_cost(group)
     until = f" until {group.lease.until:%Y-%m-%d %H:%M} UTC" if group.lease and group.lease.until else ""
     say(f"{group.name} is {group.state}: {group.num_slices} x {group.accelerator_type} in {group.zone}{until}")
-    say(f"it costs {cost} an hour ({cost.note}); `fray tpu down {group.name}{' --fake' if fake else ''}` ends that")
+    say(f"it costs {cost} an hour ({cost.note}); `fray tpu down {group.name}{where}` ends that")
     print_lines([group.name])
 
 
@@ -393,6 +414,7 @@ def _provisioner(project: str | None, zones: list[str] | None, fake: bool) -> It
             endpoint=found.address,
             clock=ImpatientClock(),
             state_directory=found.directory / "requests",
+            remedy=f"`fray tpu gc --yes{_where(project, fake)}`",
         )
     else:
         provisioner = TpuProvisioner(project, zones)
@@ -403,15 +425,16 @@ def _provisioner(project: str | None, zones: list[str] | None, fake: bool) -> It
 
 
 @contextmanager
-def _told_on_interrupt(name: str, display: Any) -> Iterator[None]:
+def _told_on_interrupt(name: str, display: Any, where: str) -> Iterator[None]:
     """Let Ctrl-C, SIGTERM and a closed terminal end this the same way: with everything deleted."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def leave(number: int, frame: object) -> None:
-        display.stop()
-        say(f"interrupted: {name} is deleted; should this be interrupted too, `fray tpu gc` finds what is left")
+        with suppress(OSError):  # the terminal may be gone
+            display.stop()
+            say(f"interrupted: {name} is being deleted; should that be interrupted too: `fray tpu gc --yes{where}`")
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -27,7 +27,14 @@ if TYPE_CHECKING:
     from google.api_core.exceptions import GoogleAPICallError
     from google.rpc.status_pb2 import Status
 
-__all__ = ["is_transient", "retry_after_seconds", "translate", "translate_credentials", "translate_status"]
+__all__ = [
+    "is_passing_credentials_error",
+    "is_transient",
+    "retry_after_seconds",
+    "translate",
+    "translate_credentials",
+    "translate_status",
+]
 
 _LOG_IN = "run `gcloud auth application-default login`"
 _NO_CAPACITY = re.compile(
@@ -42,12 +49,20 @@ _RESERVATION = re.compile(r"reserv(ed|ation)", re.IGNORECASE)
 _ACCELERATOR = re.compile(r"accelerator|topology|runtime|software version", re.IGNORECASE)
 _ZONE = re.compile(r"\b(zone|location)s?\b", re.IGNORECASE)
 _DISABLED = re.compile(r"has not been used in project|is disabled|SERVICE_DISABLED", re.IGNORECASE)
+# The name ends there: what is in a project, and is missing, has the project's name before its own.
 _NO_PROJECT = re.compile(
-    r"project.*(not found|does not exist|invalid|has been deleted)|CONSUMER_INVALID", re.IGNORECASE
+    r"\bproject(?: id)?:? *['\"]?(?:projects/)?[\w:.-]*['\"]? *(?:was |is |has been )?"
+    r"(?:not found|does not exist|invalid|deleted)|permission denied on resource project|CONSUMER_INVALID",
+    re.IGNORECASE,
 )
-# What grpc says when the credentials could not make a token.
+_NO_ZONE = re.compile(
+    r"\blocations?/[\w-]+(?![\w/-]).*(?:may not exist|not found|does not exist)|unknown (?:location|zone)",
+    re.IGNORECASE,
+)
+# Credentials that no repetition makes good. That a token could not be fetched just now is none of these: grpc tells
+# that as "Getting metadata from plugin failed", whatever the cause was.
 _NO_TOKEN = re.compile(
-    r"Getting metadata from plugin failed|invalid_grant|[Rr]eauthentication|could not refresh access token",
+    r"invalid_grant|invalid_client|reauthentication|default credentials were not found|account has been deleted",
     re.IGNORECASE,
 )
 _PERMISSION = re.compile(r"[Pp]ermission[s]? '?([a-z]+\.[A-Za-z.]+)'?|'([a-z]+\.[a-zA-Z]+\.[a-zA-Z]+)'")
@@ -83,8 +98,19 @@ def retry_after_seconds(error: GoogleAPICallError) -> float:
     return 0.0
 
 
+def is_passing_credentials_error(error: Exception) -> bool:
+    """Whether a token may well be had a little later: whoever gives them could not be reached, or was too busy."""
+    from google.auth.exceptions import GoogleAuthError, TransportError
+
+    if not isinstance(error, GoogleAuthError) or _NO_TOKEN.search(str(error)):
+        return False
+    return isinstance(error, TransportError) or bool(error.retryable)
+
+
 def translate_credentials(error: Exception) -> FrayError:
-    """Return the error for credentials that are missing or do not work any more."""
+    """Return the error for credentials that are missing or do not work any more, or cannot be used just now."""
+    if is_passing_credentials_error(error):
+        return ConnectionFailedError(f"Google gives no token for the credentials just now: {error}")
     return AuthenticationError(f"Google's credentials are missing or no longer good ({error}): {_LOG_IN}")
 
 
@@ -104,6 +130,7 @@ def translate(error: GoogleAPICallError, *, what: str, project: str, zone: str) 
     if isinstance(error, exceptions.Unauthenticated) or _NO_TOKEN.search(text):
         return AuthenticationError(f"{said}. The credentials are missing or no longer good: {_LOG_IN}")
     reason = _reason(error)
+    permission = _permission(words, error) if isinstance(error, exceptions.PermissionDenied) else None
     if isinstance(error, exceptions.PermissionDenied | exceptions.NotFound | exceptions.BadRequest):
         # The order is from what only one thing can mean to what many can.
         if reason == "SERVICE_DISABLED" or _DISABLED.search(text):
@@ -115,26 +142,33 @@ def translate(error: GoogleAPICallError, *, what: str, project: str, zone: str) 
                 f"{said}. Is {project!r} the right project? `gcloud projects list` shows those that you may use; "
                 "`gcloud config set project PROJECT` sets the default"
             )
-        if re.search(r"locations?/[a-z0-9-]+'?.*(may not exist|not found)|unknown (location|zone)", text) or (
-            isinstance(error, exceptions.NotFound) and _ZONE.search(words) and not _ACCELERATOR.search(words)
+        about_something_in_it = _ACCELERATOR.search(words) or _RESERVATION.search(words)
+        # A permission that is lacking is told in the same words as a zone that is not there.
+        if permission is None and (
+            _NO_ZONE.search(words)
+            or (isinstance(error, exceptions.NotFound) and _ZONE.search(words) and not about_something_in_it)
         ):
             return InvalidValueError(
                 f"{said}. Is {zone!r} a zone with TPUs? `gcloud compute tpus locations list --project {project}` "
                 "shows those that there are"
             )
     if isinstance(error, exceptions.PermissionDenied):
-        found = _PERMISSION.search(words)
-        named = _metadata(error).get("permission") or (found and (found[1] or found[2]))
+        lacks = f"the permission {permission}" if permission else "a permission"
+        doubt = ""
+        if _NO_ZONE.search(words):
+            doubt = f". Or {zone!r} is no zone: `gcloud compute tpus locations list --project {project}`"
         return AuthenticationError(
-            f"{said}. The account lacks {f'the permission {named}' if named else 'a permission'} in project {project}. "
+            f"{said}. The account lacks {lacks} in project {project}. "
             f"An administrator grants it: `gcloud projects add-iam-policy-binding {project} "
-            "--member=user:YOU --role=roles/tpu.admin`"
+            f"--member=user:YOU --role=roles/tpu.admin`{doubt}"
         )
     if isinstance(error, exceptions.AlreadyExists):
         return SliceExistsError(said)
-    if isinstance(error, exceptions.ResourceExhausted | exceptions.TooManyRequests):
+    if isinstance(error, exceptions.ResourceExhausted | exceptions.TooManyRequests) and not _is_rate_limit(error):
         return _exhausted(said, words, error, zone, late=False)
-    if isinstance(error, exceptions.BadRequest):  # InvalidArgument, FailedPrecondition, OutOfRange
+    if isinstance(
+        error, exceptions.BadRequest | exceptions.NotFound
+    ):  # InvalidArgument, FailedPrecondition, OutOfRange
         return _refused(said, words, zone, project, error)
     if is_transient(error):
         return ConnectionFailedError(f"{said} ({type(error).__name__})")
@@ -192,6 +226,14 @@ def _refused(said: str, words: str, zone: str, project: str, error: GoogleAPICal
     if isinstance(error, exceptions.InvalidArgument):
         return InvalidValueError(said)
     return ProvisioningError(said)
+
+
+def _permission(words: str, error: GoogleAPICallError) -> str | None:
+    """Return which permission is lacking, as far as the answer says so."""
+    if named := _metadata(error).get("permission"):
+        return str(named)
+    found = _PERMISSION.search(words)
+    return (found[1] or found[2]) if found else None
 
 
 def _quota(words: str, error: GoogleAPICallError) -> tuple[str | None, float | None, str | None]:

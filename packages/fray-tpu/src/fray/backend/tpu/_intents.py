@@ -162,10 +162,12 @@ class IntentStore:
     Args:
         directory: Of the whole store.
         project: Whose.
+        remedy: What deletes what is left of these requests, in the words of a message.
     """
 
-    def __init__(self, directory: Path, project: str) -> None:
+    def __init__(self, directory: Path, project: str, remedy: str) -> None:
         self._directory = directory / quote(project, safe="")
+        self.remedy = remedy
 
     def claim(self, name: str) -> Claim | None:
         """Take the lock of a group; None where a living process (this one too) has it."""
@@ -224,6 +226,19 @@ class IntentStore:
         """Forget a record."""
         with self._mapped(f"remove the record of {name}"):
             self._path(name).unlink(missing_ok=True)
+            self._cancelled(name).unlink(missing_ok=True)
+
+    def cancel(self, name: str, request: str) -> None:
+        """Say to the process that looks after a request that it is not wanted any more."""
+        with self._mapped(f"cancel {name}"):
+            write_durably(self._cancelled(name), request.encode())
+
+    def is_cancelled(self, name: str, request: str) -> bool:
+        """Whether that was said of this request."""
+        try:
+            return self._cancelled(name).read_text() == request
+        except OSError:
+            return False
 
     def names(self) -> list[str]:
         """Return the names of the groups that there are records of."""
@@ -235,6 +250,9 @@ class IntentStore:
 
     def _path(self, name: str) -> Path:
         return self._directory / f"{name}.json"
+
+    def _cancelled(self, name: str) -> Path:
+        return self._directory / f"{name}.cancelled"
 
     def _flush(self) -> None:
         descriptor = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)

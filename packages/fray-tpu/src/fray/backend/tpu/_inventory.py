@@ -38,7 +38,7 @@ class Inventory:
     def refresh(self, group: SliceGroup) -> SliceGroup | None:
         """Look at a group again; None where nothing of it is left."""
         resource = self._api.get_queued_resource(group.queued_resource) if group.queued_resource else None
-        nodes = [node for name in node_names_of(group) if (node := self._api.get_node(name)) is not None]
+        nodes = list(self._api.get_nodes(node_names_of(group), self._workers).values())
         intent = group.labels.get(_labels.INTENT)
         if resource is not None and labels_of(resource).get(_labels.INTENT) == intent:
             return group_of(resource, nodes)

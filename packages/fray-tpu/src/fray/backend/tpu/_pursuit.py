@@ -31,6 +31,7 @@ from fray.errors import (
     PreemptedError,
     ProvisioningError,
     ProvisioningTimeoutError,
+    QuotaExceededError,
     SliceExistsError,
     SliceNotFoundError,
     UsageError,
@@ -154,6 +155,7 @@ class Pursuit:
         """Wait until every host is ready; return the group, after which it is its lease that counts."""
         delay = _FIRST_DELAY_SECONDS
         while True:
+            self._check_that_it_is_wanted()
             if not self._courses:
                 self._ask_for_the_next()
                 delay = _FIRST_DELAY_SECONDS
@@ -204,15 +206,15 @@ class Pursuit:
                 self._store.remove(self.name)
         except BaseException as interrupt:
             interrupt.add_note(
-                f"{self.name} may be left and billed: its deletion was interrupted. `fray tpu gc` deletes it"
+                f"{self.name} may be left and billed: its deletion was interrupted. {self._store.remedy} deletes it"
             )
             raise
         finally:
             self.release()
         if failed:
             message = (
-                f"{self.name} may be left and billed ({'; '.join(failed)}). `fray tpu gc` tries again on this machine; "
-                f"it was given up because: {error}"
+                f"{self.name} may be left and billed ({'; '.join(failed)}). {self._store.remedy} tries again on this "
+                f"machine; it was given up because: {error}"
             )
             if isinstance(error, Exception):
                 raise DeletionFailedError(message) from error
@@ -270,6 +272,8 @@ class Pursuit:
             with self._lock:
                 candidate.asked_at = self._clock.now()
                 self._store.save(self.intent)
+            # After the record, which whoever cancels reads after that: one of the two sees the other.
+            self._check_that_it_is_wanted()
 
         error: FrayError | None = None
         try:
@@ -293,6 +297,12 @@ class Pursuit:
         with self._lock:
             self._store.save(self.intent)
         return error
+
+    def _check_that_it_is_wanted(self) -> None:
+        if self._store.is_cancelled(self.name, self.intent.id):
+            raise SliceNotFoundError(
+                f"{self.name} was deleted by another process on this machine while it was waited for"
+            )
 
     def _exists(self, candidate: Candidate, refusal: SliceExistsError, attempts: int) -> FrayError | None:
         """Tell an earlier attempt's effect, whose answer was lost, from somebody else's slice of the name."""
@@ -326,13 +336,13 @@ class Pursuit:
 
         raw = QueuedResource.pb(resource).state
         is_active = queued_resource_state(raw.state) is SliceState.READY
-        nodes = self._nodes(course) if is_active else []
-        found = group_of(resource, nodes)
+        nodes = self._nodes(course) if is_active else {}
+        found = group_of(resource, list(nodes.values()))
         course.state, course.message, course.group = found.state, found.message, None
         choice = self._choice(course)
         if is_active:
             course.granted_at = course.granted_at or self._clock.now()
-            missing = set(course.candidate.node_names) - {node.name for node in nodes}
+            missing = set(course.candidate.node_names) - nodes.keys()
             if missing and not missing & course.nodes_seen:
                 # Granted a moment ago: not there yet, as far as anybody knows.
                 course.state, course.message = SliceState.PROVISIONING, "the slices are granted and not listed yet"
@@ -376,12 +386,9 @@ class Pursuit:
             f"{course.candidate.id} in {course.candidate.zone} was deleted by somebody while it was waited for"
         )
 
-    def _nodes(self, course: _Course) -> list[Node]:
-        nodes = []
-        for name in course.candidate.node_names:
-            if (node := self._api.get_node(name, self._look_deadline())) is not None:
-                course.nodes_seen.add(name)
-                nodes.append(node)
+    def _nodes(self, course: _Course) -> dict[str, Node]:
+        nodes = self._api.get_nodes(course.candidate.node_names, self._workers, self._look_deadline())
+        course.nodes_seen |= nodes.keys()
         return nodes
 
     def _overdue(self, course: _Course) -> FrayError | None:
@@ -438,8 +445,11 @@ class Pursuit:
             return self._errors[0][1]
         last = self._errors[-1][1]
         told = "; ".join(f"{choice}: {error}" for choice, error in self._errors)
-        kind = type(last) if isinstance(last, ProvisioningError) else ProvisioningError
-        error = kind(f"none of the {len(self._request.choices)} choices for {self.name} could be had: {told}")
+        said = f"none of the {len(self._request.choices)} choices for {self.name} could be had: {told}"
+        if isinstance(last, QuotaExceededError):
+            error: FrayError = QuotaExceededError(said, quota=last.quota, limit=last.limit, region=last.region)
+        else:
+            error = (type(last) if isinstance(last, ProvisioningError) else ProvisioningError)(said)
         error.__cause__ = last
         return error
 

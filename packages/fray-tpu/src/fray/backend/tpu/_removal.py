@@ -27,6 +27,8 @@ __all__ = ["SETTLE_SECONDS", "Remover", "Target"]
 SETTLE_SECONDS = 3 * CALL_TIMEOUT_SECONDS
 _FIRST_DELAY_SECONDS = 1.0
 _LONGEST_DELAY_SECONDS = 15.0
+# What is billed is worth another try: a permission takes a moment to be known everywhere.
+_MOST_REFUSALS = 3
 
 
 @dataclass(frozen=True)
@@ -88,16 +90,20 @@ class Remover:
         deadline = max(self._clock.now() + timeout_seconds, target.settled_at + _LONGEST_DELAY_SECONDS)
         delay = _FIRST_DELAY_SECONDS
         deletion = _Deletion()
-        trouble = ""
+        trouble, refusals = "", 0
         while True:
             looked_at = self._clock.now()  # before: the looking itself may take longer than the rest of that time
             try:
                 left = self._delete_what_is_left(target, deletion, deadline)
+                refusals = 0
                 if left is None and looked_at >= target.settled_at:
                     return None
                 trouble = left or "a request without an answer may still take effect"
             except AuthenticationError as error:
-                return str(error)
+                refusals += 1
+                if refusals >= _MOST_REFUSALS:
+                    return str(error)
+                trouble = str(error)
             except FrayError as error:
                 trouble = str(error)
             if self._clock.now() + delay > deadline:
@@ -112,8 +118,8 @@ class Remover:
             self._delete_resource(target, resource, deletion, deadline)
             return f"the queued resource is still {_state(resource)}"
         # Another's resource of the name means that ours is gone. Its nodes should be too; they are what costs money.
-        nodes = [node for name in target.node_names if (node := self._api.get_node(name, deadline)) is not None]
-        ours = [node for node in nodes if node.labels.get(_labels.INTENT) == target.intent]
+        nodes = self._api.get_nodes(target.node_names, self._workers, deadline)
+        ours = [node for node in nodes.values() if node.labels.get(_labels.INTENT) == target.intent]
         for node in ours:
             if node_state(_number(node)) is not SliceState.DELETING:
                 self._api.delete_node(node.name, deadline)

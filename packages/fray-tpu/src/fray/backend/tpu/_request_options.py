@@ -92,6 +92,10 @@ def _request(
     service_account: Annotated[
         str | None, typer.Option("--service-account", metavar="EMAIL", help="Whom the hosts act as.")
     ] = None,
+    metadata: Annotated[
+        list[str] | None,
+        typer.Option("--metadata", metavar="KEY=VALUE", help="Metadata of the hosts, no secrets; may be repeated."),
+    ] = None,
     setup: Annotated[
         Path | None, typer.Option("--setup", metavar="FILE", help="A script that each host runs as root when it boots.")
     ] = None,
@@ -132,6 +136,7 @@ def _request(
         service_account=service_account,
         tags=tuple(tag or ()),
         labels=parse_pairs("--label", label or ()),
+        metadata=parse_pairs("--metadata", metadata or ()),
         data_disks=tuple(DataDisk(source) for source in disk or ()),
         startup_script=_script(
             types,

@@ -39,7 +39,7 @@ class RayJoin:
     Attributes:
         address: Of the head's GCS, such as `10.128.0.2:6379`, as the hosts reach it.
         ray_version: The head's: Ray refuses another.
-        python_version: The head's, such as `3.11`: Ray refuses another minor version.
+        python_version: The head's, such as `3.11`: another minor version cannot work with it.
         token_secret: Where the cluster wants a token: the secret in Secret Manager that holds it,
             `projects/PROJECT/secrets/NAME`, the latest version unless one is named.
         packages: More requirements for the environment of Ray, such as `jax[tpu]`.

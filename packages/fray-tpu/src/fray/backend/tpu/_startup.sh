@@ -6,17 +6,25 @@ main() {
     cd "$directory"
     write_settings >settings.json
     write_agent >agent.py
+    rm -f prepared
+    # The agent first: a time to live holds also where what comes now fails, or hangs. It waits for it before it joins.
+    if [ -d /run/systemd/system ] && [ -z "${GCE_METADATA_HOST:-}" ]; then
+        install_service
+        prepare
+    else
+        # A host that is simulated leaves the machine that it runs on alone.
+        prepare &
+        exec python3 agent.py settings.json
+    fi
+}
+
+prepare() {
     run_setup
     if [ -n "$ray_version" ] && [ -z "${FRAY_RAY:-}" ]; then
         again_and_again install_uv
         again_and_again install_ray
     fi
-    # A host that is simulated leaves the machine that it runs on alone.
-    if [ -d /run/systemd/system ] && [ -z "${GCE_METADATA_HOST:-}" ]; then
-        install_service
-    else
-        exec python3 agent.py settings.json
-    fi
+    touch prepared
 }
 
 say() {
@@ -42,7 +50,11 @@ run_setup() {
     say "runs the setup script"
     write_setup >setup
     chmod 0755 setup
-    ./setup
+    ./setup || {
+        local code=$?
+        say "the setup script failed with $code, so this host does not join Ray"
+        exit "$code"
+    }
 }
 
 install_uv() {
@@ -60,12 +72,13 @@ install_uv() {
 
 # The note of what was installed is written last: an installation that was broken off is none.
 install_ray() {
-    local wanted="$python_version ${requirements[*]}"
+    local wanted="$python_version pip uv ${requirements[*]}"
     [ "$(cat ray/made-of 2>/dev/null)" != "$wanted" ] || return 0
     say "installs ${requirements[*]} on Python $python_version"
     rm -rf ray
     uv/bin/uv venv --quiet --python "$python_version" ray
-    uv/bin/uv pip install --quiet --python ray/bin/python "${requirements[@]}"
+    # With pip and uv, by which Ray installs what jobs want beside this.
+    uv/bin/uv pip install --quiet --python ray/bin/python pip "$uv_requirement" "${requirements[@]}"
     echo "$wanted" >ray/made-of
 }
 

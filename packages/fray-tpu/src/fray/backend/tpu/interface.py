@@ -153,8 +153,12 @@ class Provisioner(abc.ABC):
         """
 
     @abc.abstractmethod
-    def describe(self, name: str) -> SliceGroup:
+    def describe(self, name: str, *, all_owners: bool = False) -> SliceGroup:
         """Return one group; of one whose choices are still open, the choice that is furthest.
+
+        Args:
+            name: The group's.
+            all_owners: Take another owner's group where the caller has none of this name.
 
         Raises:
             SliceNotFoundError: There is no such group.
@@ -174,10 +178,14 @@ class Provisioner(abc.ABC):
 
     @abc.abstractmethod
     def renew(self, name: str, time_to_live_seconds: float) -> Lease:
-        """Make a lease run from now for some time; it is never made shorter.
+        """Make a lease of the caller's run from now for some time; it is never made shorter.
+
+        Args:
+            name: The group's.
+            time_to_live_seconds: A year at most.
 
         Raises:
-            SliceNotFoundError: There is no such group.
+            SliceNotFoundError: The caller has no such group.
             UnsupportedError: Its slices do not exist yet; until then the lease of the request holds.
         """
 

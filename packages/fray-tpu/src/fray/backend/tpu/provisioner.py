@@ -9,7 +9,7 @@ from __future__ import annotations
 import builtins
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -57,6 +57,7 @@ class TpuProvisioner(Provisioner):
             without encryption and credentials; by default `$FRAY_TPU_ENDPOINT`.
         clock: What time is told by.
         state_directory: Where requests are recorded; by default the user's state directory.
+        remedy: What messages name for deleting what may be left; by default `fray tpu gc`, or `reconcile`.
         delete_timeout_seconds: How long a deletion may take until it is seen to be done.
         parallel_calls: How many calls are made at the same time, where they can be.
         calls_per_second: How many are made in a second, over time.
@@ -76,6 +77,7 @@ class TpuProvisioner(Provisioner):
         endpoint: str | None = None,
         clock: Clock | None = None,
         state_directory: Path | str | None = None,
+        remedy: str | None = None,
         delete_timeout_seconds: float = 600.0,
         parallel_calls: int = 8,
         calls_per_second: float = 10.0,
@@ -96,6 +98,7 @@ class TpuProvisioner(Provisioner):
         self._endpoint = endpoint or os.environ.get("FRAY_TPU_ENDPOINT") or None
         self._clock = clock or SystemClock()
         self._state_directory = Path(state_directory) if state_directory is not None else None
+        self._given_remedy = remedy
         self._delete_timeout_seconds = delete_timeout_seconds
         self._workers = parallel_calls
         self._calls_per_second = calls_per_second
@@ -130,10 +133,13 @@ class TpuProvisioner(Provisioner):
         if claim is None:
             raise SliceExistsError(f"{request.name} is being asked for, or deleted, by a process on this machine")
         try:
-            if self._store.load(request.name) is not None:
+            if (left := self._store.load(request.name)) is not None:
+                waits = ""
+                if left.state is IntentState.ASKED:
+                    waits = f"`fray tpu wait {request.name}` takes it up; "
                 raise SliceExistsError(
-                    f"a request for {request.name} was left behind by a client that is gone: `fray tpu gc` deletes "
-                    "what there may be of it"
+                    f"a request for {request.name} was left behind by a client that is gone: {waits}{self._remedy} "
+                    "deletes what there may be of it"
                 )
             intent = Intent.of(request, self.project, self.owner, self._clock.now())
             pursuit = self._pursuit(intent, request, claim)
@@ -165,10 +171,12 @@ class TpuProvisioner(Provisioner):
     def list(self, *, all_owners: bool = False) -> builtins.list[SliceGroup]:  # noqa: D102
         return [group for group in self._inventory.groups() if all_owners or self._is_mine(group)]
 
-    def describe(self, name: str) -> SliceGroup:  # noqa: D102
-        found = [group for group in self._inventory.groups() if group.name == name]
+    def describe(self, name: str, *, all_owners: bool = False) -> SliceGroup:  # noqa: D102
+        named = [group for group in self._inventory.groups() if group.name == name]
+        found = [group for group in named if all_owners or self._is_mine(group)]
         if not found:
-            raise self._not_found(name)
+            others = sorted({group.lease.owner for group in named if group.lease is not None})
+            raise self._not_found(name, others)
         return max(found, key=lambda group: (self._is_mine(group), LEAST_FIRST.index(group.state)))
 
     def delete(self, *what: str | SliceGroup) -> None:  # noqa: D102
@@ -179,19 +187,31 @@ class TpuProvisioner(Provisioner):
                 whose = f"{group.lease.owner}'s" if group.lease else "not Fray's"
                 raise InvalidValueError(
                     f"{group.name} in {group.zone} is {whose}, and not {self.owner}'s: `fray tpu gc --all-owners` "
-                    "deletes others' slices whose lease has ended"
+                    "shows others' slices whose lease has ended, and deletes them with --yes"
                 )
         # Of a name there may be a request in flight, and slices in another zone too.
-        requested = {name: intent for name in names if (intent := self._in_flight(name))}
-        for group in groups:
-            intent = self._in_flight(group.name)
-            if intent and intent == group.labels.get(_labels.INTENT):
-                requested[group.name] = intent
+        intents = {group.labels.get(_labels.INTENT) for group in groups}
+        requested: dict[str, str] = {}
+        unreadable: dict[str, PlatformError] = {}
+        for name in names | {group.name for group in groups}:
+            try:
+                intent = self._in_flight(name)
+            except PlatformError as error:  # what there is, is billed, whatever the disk says
+                unreadable[name] = error
+                continue
+            if intent is None or (name not in names and intent.id not in intents):
+                continue
+            if _labels.label_value(intent.owner) != _labels.label_value(self.owner):
+                raise InvalidValueError(
+                    f"the request for {name} on this machine is {intent.owner}'s, and not {self.owner}'s: `fray tpu gc "
+                    "--all-owners` shows it when nobody waits for it any more, and deletes it with --yes"
+                )
+            requested[name] = intent.id
         if names:
             groups += [group for group in self.list() if group.name in names and group not in groups]
             for name in sorted(names - {group.name for group in groups} - requested.keys()):
-                raise self._not_found(name)
-        failed: builtins.list[str] = []
+                raise unreadable.get(name) or self._not_found(name)
+        failed = [str(unreadable[name]) for name in sorted(names & unreadable.keys())]
         for name in sorted(requested):
             failed += self._give_up(name)
         left = [group for group in groups if requested.get(group.name) != group.labels.get(_labels.INTENT)]
@@ -202,12 +222,13 @@ class TpuProvisioner(Provisioner):
             if reason is None:
                 self._created.pop(group.labels.get(_labels.INTENT, ""), None)
                 if group.name in recorded:
-                    self._store.remove(group.name)
+                    with suppress(PlatformError):
+                        self._store.remove(group.name)
             else:
                 failed.append(reason)
         if failed:
             raise DeletionFailedError(
-                f"may be left and billed: {'; '.join(failed)}. `fray tpu gc` tries again on this machine"
+                f"may be left and billed: {'; '.join(failed)}. {self._remedy} tries again on this machine"
             )
 
     def renew(self, name: str, time_to_live_seconds: float) -> Lease:  # noqa: D102
@@ -219,6 +240,8 @@ class TpuProvisioner(Provisioner):
                 f"{name} is {group.state} and has no slices yet: a queued request has no labels of its own, so its "
                 f"lease stays as it is, until {group.lease.until if group.lease else 'nobody knows when'}"
             )
+        if time_to_live_seconds > 366 * 24 * 3600:
+            raise InvalidValueError(f"time_to_live_seconds: {time_to_live_seconds} is more than a year")
         until = moment(int(self._clock.now())) + timedelta(seconds=int(time_to_live_seconds))
         if group.lease.until is not None and group.lease.until >= until:
             return group.lease
@@ -235,11 +258,11 @@ class TpuProvisioner(Provisioner):
         return Lease(group.lease.owner, group.lease.purpose, until)
 
     def reconcile(self) -> GcReport:  # noqa: D102
-        doomed, unreadable = self._abandoned()
+        doomed, unreadable = self._abandoned(all_owners=False)
         return self.gc(GcPlan(tuple(doomed), tuple(unreadable)))
 
     def plan_gc(self, *, all_owners: bool = False) -> GcPlan:  # noqa: D102
-        doomed, unreadable = self._abandoned()
+        doomed, unreadable = self._abandoned(all_owners=all_owners)
         intents = {one.intent for one in doomed}
         for group in self.list(all_owners=all_owners):
             if group.labels.get(_labels.INTENT) not in intents and (reason := self._expired(group)):
@@ -277,7 +300,7 @@ class TpuProvisioner(Provisioner):
         try:
             if groups := [one for one in self._created.values() if isinstance(one, SliceGroup)]:
                 self.delete(*groups)
-        except DeletionFailedError as error:
+        except FrayError as error:
             failed.append(str(error))
         if failed:
             raise DeletionFailedError("; ".join(failed))
@@ -287,7 +310,7 @@ class TpuProvisioner(Provisioner):
             if isinstance(one, Pursuit):
                 one.release()
         self._created.clear()
-        if self._client is None:
+        if self._client is None and "_api" in self.__dict__:  # to make one, credentials would be looked for
             self._api.close()
 
     # The parts
@@ -300,7 +323,15 @@ class TpuProvisioner(Provisioner):
 
     @cached_property
     def _store(self) -> IntentStore:
-        return IntentStore(self._state_directory or default_directory(), self.project)
+        return IntentStore(self._state_directory or default_directory(), self.project, self._remedy)
+
+    @property
+    def _remedy(self) -> str:
+        if self._given_remedy:
+            return self._given_remedy
+        if self._state_directory is not None:
+            return "`reconcile`, of a provisioner with the same state_directory,"
+        return f"`fray tpu gc --yes{f' --project {self._given_project}' if self._given_project else ''}`"
 
     @cached_property
     def _inventory(self) -> Inventory:
@@ -353,11 +384,16 @@ class TpuProvisioner(Provisioner):
         """Return what this object is after under a name: there is one at most, for its lock is held."""
         return next((one for one in self._created.values() if isinstance(one, Pursuit) and one.name == name), None)
 
-    def _in_flight(self, name: str) -> str | None:
-        """Return which request of this name is not ready, or is being deleted; None where there is none."""
-        pursuit = self._pursued(name)
-        intent = pursuit.intent if pursuit is not None else self._store.load(name)
-        return intent.id if intent is not None else None
+    def _in_flight(self, name: str) -> Intent | None:
+        """Return the request of this name that is not ready, or is being deleted; None where there is none."""
+        if (pursuit := self._pursued(name)) is not None:
+            return pursuit.intent
+        intent = self._store.load(name)
+        return intent if intent is not None and self._is_looked_at(intent) else None
+
+    def _is_looked_at(self, intent: Intent) -> bool:
+        """Whether a request is for one of the zones that this object is for."""
+        return self._zones == ("-",) or not set(intent.zones).isdisjoint(self._zones)
 
     def _give_up(self, name: str) -> builtins.list[str]:
         """Delete what there may be of a request that is not ready; return what could not be deleted."""
@@ -368,12 +404,18 @@ class TpuProvisioner(Provisioner):
                 pursuit.give_up(ProvisioningError("it was not wanted any more"))
                 return []
             reason = self._remove_abandoned(Doomed(name, "deleted", self.owner, ()), force=True)
-        except DeletionFailedError as error:
+        except FrayError as error:
             reason = str(error)
         return [reason] if reason else []
 
     def _record_deletion(self, group: SliceGroup) -> bool:
         """Record that a group is to be deleted; return whether that was done."""
+        try:
+            return self._recorded_deletion(group)
+        except PlatformError:
+            return False  # its lease ends anyway, which is another way to find it
+
+    def _recorded_deletion(self, group: SliceGroup) -> bool:
         claim = self._store.claim(group.name)
         if claim is None:
             return False  # a group of this name in another zone is being asked for: its record is not overwritten
@@ -405,7 +447,7 @@ class TpuProvisioner(Provisioner):
             claim.release()
         return True
 
-    def _abandoned(self) -> tuple[builtins.list[Doomed], builtins.list[str]]:
+    def _abandoned(self, *, all_owners: bool) -> tuple[builtins.list[Doomed], builtins.list[str]]:
         """Return the requests on this machine that nobody looks after, and the records that cannot be read."""
         doomed: builtins.list[Doomed] = []
         unreadable: builtins.list[str] = []
@@ -420,11 +462,12 @@ class TpuProvisioner(Provisioner):
                 continue
             finally:
                 claim.release()
-            if intent is not None:
+            if intent is None or not self._is_looked_at(intent):
+                continue
+            owner = _labels.label_value(intent.owner)
+            if all_owners or owner == _labels.label_value(self.owner):
                 reason = f"given up: {intent.reason}" if intent.reason else "the client that asked for it is gone"
-                doomed.append(
-                    Doomed(name, reason, _labels.label_value(intent.owner), intent.zones, None, intent=intent.id)
-                )
+                doomed.append(Doomed(name, reason, owner, intent.zones, None, intent=intent.id))
         return doomed, unreadable
 
     def _remove_abandoned(self, one: Doomed, *, force: bool = False) -> str | None:
@@ -437,7 +480,12 @@ class TpuProvisioner(Provisioner):
                 return ""
             if claim is not None:
                 intent.state, intent.reason = IntentState.GIVEN_UP, intent.reason or one.reason
-                self._store.save(intent)
+                with suppress(PlatformError):  # the record as it is says enough
+                    self._store.save(intent)
+            else:
+                self._store.cancel(one.name, intent.id)
+                # Read after that: what it asks for from now on, it does not ask for.
+                intent = self._store.load(one.name) or intent
             asked = [each for each in intent.candidates if each.asked_at is not None and not each.is_gone]
             reasons = self._remover.remove([Target.of_candidate(intent, each) for each in asked])
             if failed := [reason for reason in reasons if reason is not None]:
@@ -470,9 +518,9 @@ class TpuProvisioner(Provisioner):
         (reason,) = self._remover.remove([Target.of_group(group)])
         return reason
 
-    def _not_found(self, name: str) -> SliceNotFoundError:
+    def _not_found(self, name: str, owners: Sequence[str] = ()) -> SliceNotFoundError:
         where = "any zone" if self._zones == ("-",) else ", ".join(self._zones)
+        hint = f"{', '.join(owners)} has: see `--all-owners`" if owners else "`fray tpu list` shows what there is"
         return SliceNotFoundError(
-            f"{self.owner} has no slices named {name!r} in {where} of project {self.project}: `fray tpu list` shows "
-            "what there is"
+            f"{self.owner} has no slices named {name!r} in {where} of project {self.project}: {hint}"
         )

@@ -36,6 +36,7 @@ _Member = TypeVar("_Member")
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 _ZONE = re.compile(r"[a-z]+(-[a-z0-9]+)+")
 _LABEL = re.compile(r"[\w-]{0,63}")
+_LABEL_KEY = re.compile(r"[^\W\d_][\w-]{0,62}")
 _MOST_CHOICES = 9
 _METADATA_OF_ITS_OWN = {"startup-script": "startup_script"}
 
@@ -113,6 +114,8 @@ class SliceChoice:
             raise InvalidValueError(f"tier: {self.tier!r} is none of {', '.join(Tier)}") from None
         if self.reservation is not None:
             _check_string("reservation", self.reservation)
+            if not self.reservation:
+                raise InvalidValueError("reservation: a reservation needs a name")
             if tier is not Tier.RESERVED:
                 raise InvalidValueError(f"a reservation is for tier 'reserved', not {str(tier)!r}")
         runtime_version = self.runtime_version or found.runtime_version
@@ -231,9 +234,10 @@ class SliceRequest:
                 raise InvalidValueError(f"{what}: {value} is not between 0 and a year")
         labels = _strings("labels", self.labels)
         for key, text in labels.items():
-            if not key or not _LABEL.fullmatch(key) or not _LABEL.fullmatch(text) or (key + text).lower() != key + text:
+            if not _LABEL_KEY.fullmatch(key) or not _LABEL.fullmatch(text) or (key + text).lower() != key + text:
                 raise InvalidValueError(
-                    f"labels: {key}={text!r} is no label: lower-case letters, digits, _ and -, 63 at most on each side"
+                    f"labels: {key}={text!r} is no label: lower-case letters, digits, _ and -, a letter first, 63 at "
+                    "most on each side"
                 )
             if key.startswith("fray-"):
                 raise InvalidValueError(f"labels: {key} is one of Fray's own; choose another")
@@ -249,6 +253,8 @@ class SliceRequest:
         for what in ("network", "subnetwork", "service_account", "startup_script"):
             if (value := getattr(self, what)) is not None:
                 _check_string(what, value)
+                if not value:
+                    raise InvalidValueError(f"{what}: it is empty; None means the default")
         # Copies, so that what the caller does to theirs afterwards does not reach into a frozen value.
         object.__setattr__(self, "choices", choices)
         object.__setattr__(self, "tags", tags)

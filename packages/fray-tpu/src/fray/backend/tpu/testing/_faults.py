@@ -76,12 +76,17 @@ class Fault:
         )
 
     @classmethod
-    def denied(cls, permission: str = "tpu.queuedResources.create", method: str = "CreateQueuedResource") -> Fault:
+    def denied(
+        cls,
+        permission: str = "tpu.queuedResources.create",
+        method: str = "CreateQueuedResource",
+        zone: str = "us-central1-a",
+    ) -> Fault:
         """Return the answer to an account without a permission."""
         return cls(
             method,
             code=_PERMISSION_DENIED,
-            message=f"Permission '{permission}' denied on 'projects/PROJECT/locations/ZONE' (or it may not exist).",
+            message=f"Permission '{permission}' denied on 'projects/fray-test/locations/{zone}' (or it may not exist).",
             reason="IAM_PERMISSION_DENIED",
             metadata={"permission": permission},
             times=1_000_000,

@@ -12,6 +12,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from ipaddress import IPv4Address
 from typing import Any, TypeVar, cast
 
 from google.cloud import tpu_v2
@@ -34,6 +35,9 @@ _USER = tpu_v2.QueuedResourceState.StateInitiator.USER
 _SERVICE = tpu_v2.QueuedResourceState.StateInitiator.SERVICE
 _LABEL_KEY = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 _LABEL_VALUE = re.compile(r"[a-z0-9_-]{0,63}")
+# Addresses for benchmarks (RFC 2544): nobody has them.
+_INTERNAL, _EXTERNAL = IPv4Address("198.18.0.2"), IPv4Address("198.19.0.2")
+_ADDRESSES = 65_000
 # Without `force` only these can be deleted.
 _DELETABLE = (_QR.ACCEPTED, _QR.WAITING_FOR_RESOURCES, _QR.FAILED, _QR.SUSPENDED)
 
@@ -370,9 +374,11 @@ class World:
             external = node.network_config.enable_external_ips
             node.network_endpoints = [
                 tpu_v2.NetworkEndpoint(
-                    ip_address=f"10.{number // 200}.{number % 200}.{host + 2}",
+                    ip_address=str(_INTERNAL + (number * hosts + host) % _ADDRESSES),
                     port=8470,
-                    access_config=tpu_v2.AccessConfig(external_ip=f"203.0.113.{host + 2}" if external else ""),
+                    access_config=tpu_v2.AccessConfig(
+                        external_ip=str(_EXTERNAL + (number * hosts + host) % _ADDRESSES) if external else ""
+                    ),
                 )
                 for host in range(hosts)
             ]
