@@ -154,6 +154,13 @@ def test_missing_credentials_name_the_command_that_gets_them(tmp_path: Path, mon
         (3, "Project 'p' not found or deleted", errors.InvalidValueError, "projects list"),
         (3, "project not found: p", errors.InvalidValueError, "projects list"),
         (7, "Permission denied on resource project p.", errors.InvalidValueError, "projects list"),
+        (5, "The resource 'projects/p' was not found", errors.InvalidValueError, "projects list"),
+        (3, "Reservation r1 in project p not found", errors.ReservationError, "reservations"),
+        (5, "Accelerator type v9-8 in projects/p/locations/z1-a not found", errors.InvalidAcceleratorError, "versions"),
+        (5, "The resource 'projects/p/zones/z1-a/disks/data' was not found", errors.ProvisioningError, "disks/data"),
+        (8, "Exceeded the separate limit of TPU chips", errors.QuotaExceededError, "quotas"),
+        (14, "Unable to acquire impersonated credentials", errors.AuthenticationError, "login"),
+        (7, "Permission 'iam.serviceAccounts.actAs' denied", errors.AuthenticationError, "permission iam.service"),
     ],
 )
 def test_what_a_message_is_about_is_not_what_it_names_on_the_way(

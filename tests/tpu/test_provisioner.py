@@ -17,6 +17,7 @@ from google.cloud import tpu_v2
 from fray import errors
 from fray.backend.tpu import DataDisk, Progress, SliceChoice, SliceState, Tier, TpuProvisioner, label_value
 from fray.backend.tpu._api import Api, StoppedError, at_once
+from fray.backend.tpu._intents import IntentStore
 from fray.backend.tpu._labels import INTENT, LEASE_UNTIL
 from fray.backend.tpu.testing import Ending, FakeCloud, Fault, Moment, Supply, VirtualClock
 from tests.tpu.cloud_harness import ZONE, Killed, Trap, provisioner_of, request_of
@@ -474,6 +475,100 @@ def test_what_is_deleted_by_name_is_gone_though_its_record_is_damaged_and_that_i
     assert names(cloud) == []
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_state_directory_that_is_gone_keeps_neither_requests_nor_slices_alive(
+    cloud: FakeCloud, tmp_path: Path, interrupted: bool
+) -> None:
+    state = tmp_path / "state"
+    kind: type[BaseException] = KeyboardInterrupt if interrupted else errors.PlatformError
+    with pytest.raises(kind), provisioner_of(cloud, state) as provisioner:  # noqa: PT012
+        provisioner.create(request_of("ready"))
+        provisioner.wait_ready("ready")
+        provisioner.create(request_of("asked"))
+        shutil.rmtree(state)
+        state.write_text("a file")
+        if interrupted:
+            raise KeyboardInterrupt
+        provisioner.wait_ready("asked")
+    assert names(cloud) == []
+
+
+def test_what_is_deleted_by_name_is_gone_though_nothing_can_be_written(
+    cloud: FakeCloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asking = provisioner_of(cloud, tmp_path)
+    asking.create(request_of())
+
+    def refuse(*_: Any) -> None:
+        raise errors.PlatformError("the disk is full")
+
+    for method in ("claim", "cancel", "save"):
+        monkeypatch.setattr(IntentStore, method, refuse)
+    with pytest.raises(errors.DeletionFailedError, match="the disk is full"):
+        provisioner_of(cloud, tmp_path).delete("train")
+    assert names(cloud) == []
+
+
+def test_leases_are_collected_though_the_state_directory_cannot_be_used(cloud: FakeCloud, tmp_path: Path) -> None:
+    provisioner = provisioner_of(cloud, tmp_path / "state")
+    provisioner.create(request_of())
+    provisioner.wait_ready("train")
+    cloud.clock.sleep(HOUR * 24)
+    (tmp_path / "file").write_text("")
+    collecting = provisioner_of(cloud, tmp_path / "file")
+    plan = collecting.plan_gc()
+    assert "file" in plan.unreadable[0]
+    collecting.gc(plan)
+    assert names(cloud) == []
+
+
+@pytest.mark.parametrize("then", ["nothing", "another's request"])
+def test_what_becomes_ready_while_it_is_deleted_is_deleted(cloud: FakeCloud, tmp_path: Path, then: str) -> None:
+    waiting, bob = provisioner_of(cloud, tmp_path), provisioner_of(cloud, tmp_path, owner="bob")
+    waiting.create(request_of())
+    listed: list[str] = []
+
+    def look(method: str, request: Any) -> None:
+        if method == "ListQueuedResources" and not listed:
+            listed.append(method)
+            waiting.wait_ready("train")
+            if then != "nothing":
+                bob.create(request_of("train", THERE))
+
+    provisioner_of(cloud, tmp_path, Watch(look)).delete("train")
+    assert listed
+    left = [] if then == "nothing" else [f"{OTHER_ZONE}/queuedResources/train"]
+    assert names(cloud) == left
+
+
+def test_one_damaged_record_does_not_keep_others_alive(cloud: FakeCloud, tmp_path: Path) -> None:
+    provisioner = provisioner_of(cloud, tmp_path)
+    provisioner.create(request_of())
+    provisioner.wait_ready("train")
+    (tmp_path / cloud.project / "other.json").write_text("{")
+    with pytest.raises(errors.DeletionFailedError, match=r"other\.json"):
+        provisioner.delete("train", "other")
+    assert names(cloud) == []
+
+
+def test_an_interrupt_stays_one_where_a_record_cannot_be_removed(
+    cloud: FakeCloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise errors.PlatformError("read-only")
+
+    def interrupt(_: Progress) -> None:
+        monkeypatch.setattr(IntentStore, "remove", refuse)
+        raise KeyboardInterrupt
+
+    provisioner = provisioner_of(cloud, tmp_path)
+    provisioner.create(request_of())
+    with pytest.raises(KeyboardInterrupt) as caught:
+        provisioner.wait_ready("train", interrupt)
+    assert names(cloud) == []
+    assert getattr(caught.value, "__notes__", []) == []
+
+
 def test_what_was_never_used_is_closed_without_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GOOGLE_CLOUD_PROJECT", raising=False)
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "none"))
@@ -635,7 +730,7 @@ def test_a_damaged_record_is_shown_and_kept(cloud: FakeCloud, tmp_path: Path) ->
 
 def test_what_cannot_be_recorded_is_not_asked_for(cloud: FakeCloud, tmp_path: Path) -> None:
     (tmp_path / "state").write_text("a file")
-    with pytest.raises(errors.PlatformError, match="so nothing was asked for"):
+    with pytest.raises(errors.PlatformError, match="Nothing is asked for without a record"):
         provisioner_of(cloud, tmp_path / "state").create(request_of())
     assert cloud.calls == []
 
@@ -746,6 +841,36 @@ def test_anothers_requests_on_this_machine_are_left_alone(cloud: FakeCloud, tmp_
     assert names(cloud) == records(tmp_path) == []
 
 
+def test_anothers_request_is_not_taken_up_and_does_not_protect_own_slices(cloud: FakeCloud, tmp_path: Path) -> None:
+    alice, bob = (provisioner_of(cloud, tmp_path, owner=owner) for owner in ("alice", "bob"))
+    bob.create(request_of("train", THERE))
+    bob.wait_ready("train")
+    alice.create(request_of("train", HERE))
+    bob.delete("train")
+    assert names(cloud) == [f"{ZONE}/queuedResources/train"]
+    alice.close()
+    with pytest.raises(errors.SliceNotFoundError, match="alice has"):
+        bob.wait_ready("train")
+    with pytest.raises(errors.SliceExistsError, match="alice's: choose another name"):
+        bob.create(request_of("train", THERE))
+    assert names(cloud) == [f"{ZONE}/queuedResources/train"]
+
+
+def test_a_request_that_was_deleted_before_anybody_waited_cannot_be_waited_for(
+    cloud: FakeCloud, tmp_path: Path
+) -> None:
+    asking = provisioner_of(cloud, tmp_path)
+    asking.create(request_of())
+    provisioner_of(cloud, tmp_path).delete("train")
+    asking.close()
+    with pytest.raises(errors.SliceNotFoundError):
+        provisioner_of(cloud, tmp_path).wait_ready("train")
+    with pytest.raises(errors.SliceExistsError, match=r"gone: `reconcile`.* deletes"):
+        provisioner_of(cloud, tmp_path).create(request_of())
+    provisioner_of(cloud, tmp_path).reconcile()
+    assert names(cloud) == records(tmp_path) == []
+
+
 def test_requests_in_other_zones_are_left_alone(cloud: FakeCloud, tmp_path: Path) -> None:
     provisioner = provisioner_of(cloud, tmp_path)
     provisioner.create(request_of())
@@ -763,7 +888,7 @@ def test_a_request_that_waits_for_somebody_is_not_asked_for_again(cloud: FakeClo
     provisioner = provisioner_of(cloud, tmp_path)
     provisioner.create(request_of())
     provisioner.close()
-    with pytest.raises(errors.SliceExistsError, match="`fray tpu wait train` takes it up"):
+    with pytest.raises(errors.SliceExistsError, match=r"`wait_ready` takes it up; `reconcile`"):
         provisioner_of(cloud, tmp_path).create(request_of())
 
 

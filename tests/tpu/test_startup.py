@@ -304,7 +304,7 @@ def test_ray_that_ends_is_started_again(serve: Callable[..., HostServices], host
     process.start()
     assert [process.next_event() for _ in range(3)] == ["started 1", "started 2", "started 3"]
     assert re.search(r"Ray ended with 1; it is started again in (0\.[5-9]|1\.0) s", process.log.read_text())
-    assert "Ray ended with 0; it is started again in 2 s" in process.log.read_text()
+    assert re.search(r"Ray ended with 0; it is started again in (1\.\d|2\.0) s", process.log.read_text())
 
 
 def test_a_preemption_notice_makes_the_host_leave(
@@ -455,13 +455,14 @@ def test_a_slice_whose_time_is_over_deletes_its_whole_group(
 ) -> None:
     nodes = MemoryNodes(created=datetime.now(UTC) - timedelta(hours=2))
     services = serve(backend=nodes)
-    services.denied.add("tpu.queuedResources.delete")
+    services.denied |= {"tpu.queuedResources.delete", "tpu.nodes.delete"}
     process = host(services, startup_script("v5litepod-16", time_to_live_seconds=3600))
     process.start()
     assert services.wait_for("DELETE", QUEUED)
+    assert services.wait_for("DELETE", NODE), "what may be left of it"
     services.denied.clear()
     with services._changed:
-        assert services._changed.wait_for(lambda: nodes.deleted == [QUEUED], DEADLINE_SECONDS)
+        assert services._changed.wait_for(lambda: nodes.deleted[:1] == [QUEUED], DEADLINE_SECONDS)
     assert ("DELETE", f"/v2/{QUEUED}?force=true") in services.requests
     assert "tpu.queuedResources.delete and tpu.nodes.delete" in process.log.read_text()
 

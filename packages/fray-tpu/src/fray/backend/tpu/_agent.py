@@ -362,10 +362,20 @@ class Agent:
         queued = node.get("queuedResource")
         say(f"the time to live is over: {queued or host.path} is deleted")
         # Again and again: the deletion ends this host too, unless it fails.
+        pause = _FIRST_PAUSE_SECONDS
         while not self._leaves.is_set():
-            if not queued or not self._insist(f"delete {queued}", lambda: self._google.delete(queued)):
-                self._insist(f"delete {host.path}", lambda: self._google.delete(host.path))
-            self._leaves.wait(_NEXT_WORKER_SECONDS)
+            if not (queued and self._delete(queued)):
+                self._delete(host.path)
+            self._leaves.wait(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+    def _delete(self, path: str) -> bool:
+        """Ask for a deletion; return whether it is under way."""
+        try:
+            return self._google.delete(path)
+        except (Refused, OSError, ValueError, KeyError) as error:
+            say(f"cannot delete {path}: {error or type(error).__name__}")
+            return False
 
     def _insist(self, what: str, call: Callable[[], Any]) -> Any:
         """Make a call until it succeeds; None where the host leaves first."""

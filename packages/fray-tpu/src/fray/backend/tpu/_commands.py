@@ -414,7 +414,7 @@ def _provisioner(project: str | None, zones: list[str] | None, fake: bool) -> It
             endpoint=found.address,
             clock=ImpatientClock(),
             state_directory=found.directory / "requests",
-            remedy=f"`fray tpu gc --yes{_where(project, fake)}`",
+            command_options=_where(project, fake),
         )
     else:
         provisioner = TpuProvisioner(project, zones)

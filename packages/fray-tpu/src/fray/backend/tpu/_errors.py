@@ -42,17 +42,16 @@ _NO_CAPACITY = re.compile(
     r"does not have enough resources|currently unavailable",
     re.IGNORECASE,
 )
-_RATE = re.compile(
-    r"per (minute|second)|rate ?limit|too many requests|requests? per|RATE_LIMIT_EXCEEDED", re.IGNORECASE
-)
+_RATE = re.compile(r"per (minute|second)|\brate ?limit|too many requests|RATE_LIMIT_EXCEEDED", re.IGNORECASE)
 _RESERVATION = re.compile(r"reserv(ed|ation)", re.IGNORECASE)
 _ACCELERATOR = re.compile(r"accelerator|topology|runtime|software version", re.IGNORECASE)
-_ZONE = re.compile(r"\b(zone|location)s?\b", re.IGNORECASE)
+_ZONE = re.compile(r"\b(zone|location)s?\b(?!/[\w-]+/)", re.IGNORECASE)
 _DISABLED = re.compile(r"has not been used in project|is disabled|SERVICE_DISABLED", re.IGNORECASE)
-# The name ends there: what is in a project, and is missing, has the project's name before its own.
+# The name ends there: what is in a project, and is missing, has the project's name before or behind its own.
 _NO_PROJECT = re.compile(
-    r"\bproject(?: id)?:? *['\"]?(?:projects/)?[\w:.-]*['\"]? *(?:was |is |has been )?"
-    r"(?:not found|does not exist|invalid|deleted)|permission denied on resource project|CONSUMER_INVALID",
+    r"(?:(?<!in )(?<!of )(?<!for )\bproject(?: id)?:? *['\"]?(?:projects/)?[\w:.-]*|\bprojects/[\w:.-]+(?![\w:./-]))"
+    r"['\"]? *(?:was |is |has been )?(?:not found|does not exist|invalid|deleted)"
+    r"|permission denied on resource project|CONSUMER_INVALID",
     re.IGNORECASE,
 )
 _NO_ZONE = re.compile(
@@ -62,7 +61,9 @@ _NO_ZONE = re.compile(
 # Credentials that no repetition makes good. That a token could not be fetched just now is none of these: grpc tells
 # that as "Getting metadata from plugin failed", whatever the cause was.
 _NO_TOKEN = re.compile(
-    r"invalid_grant|invalid_client|reauthentication|default credentials were not found|account has been deleted",
+    r"invalid_(?:grant|client|scope|account)|(?:unauthorized|deleted|disabled)_client|access_denied|reauthentication|"
+    r"default credentials were not found|do not contain the necessary fields|"
+    r"impersonated credentials|iam\.serviceAccounts\.getAccessToken|account has been deleted",
     re.IGNORECASE,
 )
 _PERMISSION = re.compile(r"[Pp]ermission[s]? '?([a-z]+\.[A-Za-z.]+)'?|'([a-z]+\.[a-zA-Z]+\.[a-zA-Z]+)'")
@@ -144,10 +145,12 @@ def translate(error: GoogleAPICallError, *, what: str, project: str, zone: str) 
             )
         about_something_in_it = _ACCELERATOR.search(words) or _RESERVATION.search(words)
         # A permission that is lacking is told in the same words as a zone that is not there.
-        if permission is None and (
-            _NO_ZONE.search(words)
-            or (isinstance(error, exceptions.NotFound) and _ZONE.search(words) and not about_something_in_it)
-        ):
+        if isinstance(error, exceptions.PermissionDenied):
+            is_about_the_zone = permission is None and _NO_ZONE.search(words)
+        else:
+            is_found = not isinstance(error, exceptions.NotFound)
+            is_about_the_zone = not about_something_in_it and (_NO_ZONE if is_found else _ZONE).search(words)
+        if is_about_the_zone:
             return InvalidValueError(
                 f"{said}. Is {zone!r} a zone with TPUs? `gcloud compute tpus locations list --project {project}` "
                 "shows those that there are"

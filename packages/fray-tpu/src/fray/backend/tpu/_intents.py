@@ -11,7 +11,7 @@ import fcntl
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -151,9 +151,12 @@ class Claim:
 
     def release(self) -> None:
         """Let go of it, and leave no file behind."""
-        # Under the lock: whoever opened it meanwhile finds that it is not the file of this name any more.
-        self.path.unlink(missing_ok=True)
-        os.close(self.descriptor)
+        try:
+            # Under the lock: whoever opened it meanwhile finds that it is not the file of this name any more.
+            with suppress(OSError):  # a file that stays is not locked
+                self.path.unlink(missing_ok=True)
+        finally:
+            os.close(self.descriptor)
 
 
 class IntentStore:
@@ -267,7 +270,7 @@ class IntentStore:
             yield
         except OSError as error:
             raise PlatformError(
-                f"cannot {what}: {error}. Without a record a slice could be forgotten, so nothing was asked for; free "
+                f"cannot {what}: {error}. Nothing is asked for without a record, since it could be forgotten: free "
                 "space there, or name another directory with state_directory"
             ) from error
 

@@ -172,6 +172,8 @@ class Pursuit:
                 self._drop([course for course in self._courses if course is not granted[0]])
                 group = granted[0].group
                 if group is not None and group.state is SliceState.READY:
+                    # Where that fails the slices are given up: with a record that says that they are being asked for,
+                    # they would be deleted one day while somebody uses them.
                     self._store.remove(self.name)
                     self.release()
                     return group
@@ -203,7 +205,8 @@ class Pursuit:
             reasons = self._remover.remove([Target.of_candidate(self.intent, one) for one in asked], patience)
             failed = [reason for reason in reasons if reason is not None]
             if not failed:
-                self._store.remove(self.name)
+                with suppress(PlatformError):  # there is nothing of it any more, which whoever finds it will see
+                    self._store.remove(self.name)
         except BaseException as interrupt:
             interrupt.add_note(
                 f"{self.name} may be left and billed: its deletion was interrupted. {self._store.remedy} deletes it"

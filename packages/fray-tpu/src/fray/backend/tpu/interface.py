@@ -191,7 +191,9 @@ class Provisioner(abc.ABC):
 
     @abc.abstractmethod
     def reconcile(self) -> GcReport:
-        """Delete what clients on this machine asked for and did not live to see ready. Leases do not matter here.
+        """Delete what clients of the caller's on this machine asked for and did not live to see ready.
+
+        Leases do not matter here.
 
         A request that a living process waits for is left alone.
         """

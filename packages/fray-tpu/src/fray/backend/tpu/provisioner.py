@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import builtins
 import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +18,12 @@ from typing import TYPE_CHECKING
 
 from fray.backend.tpu import _labels
 from fray.backend.tpu._api import Api, at_once, connect, project_of_environment
-from fray.backend.tpu._intents import Candidate, Claim, Intent, IntentState, IntentStore, default_directory
+from fray.backend.tpu._intents import Claim, Intent, IntentStore, default_directory
 from fray.backend.tpu._inventory import Inventory, node_names_of
 from fray.backend.tpu._owner import default_owner
 from fray.backend.tpu._pursuit import Pursuit
 from fray.backend.tpu._removal import Remover, Target
+from fray.backend.tpu._requests import Requests
 from fray.backend.tpu._states import LEAST_FIRST
 from fray.backend.tpu.interface import Clock, Doomed, GcPlan, GcReport, Provisioner, SystemClock, moment
 from fray.backend.tpu.types import Lease, OnProgress, SliceGroup, SliceRequest, SliceState
@@ -57,7 +59,7 @@ class TpuProvisioner(Provisioner):
             without encryption and credentials; by default `$FRAY_TPU_ENDPOINT`.
         clock: What time is told by.
         state_directory: Where requests are recorded; by default the user's state directory.
-        remedy: What messages name for deleting what may be left; by default `fray tpu gc`, or `reconcile`.
+        command_options: What messages put behind a `fray tpu …` that finds the same slices and records.
         delete_timeout_seconds: How long a deletion may take until it is seen to be done.
         parallel_calls: How many calls are made at the same time, where they can be.
         calls_per_second: How many are made in a second, over time.
@@ -77,7 +79,7 @@ class TpuProvisioner(Provisioner):
         endpoint: str | None = None,
         clock: Clock | None = None,
         state_directory: Path | str | None = None,
-        remedy: str | None = None,
+        command_options: str | None = None,
         delete_timeout_seconds: float = 600.0,
         parallel_calls: int = 8,
         calls_per_second: float = 10.0,
@@ -98,7 +100,7 @@ class TpuProvisioner(Provisioner):
         self._endpoint = endpoint or os.environ.get("FRAY_TPU_ENDPOINT") or None
         self._clock = clock or SystemClock()
         self._state_directory = Path(state_directory) if state_directory is not None else None
-        self._given_remedy = remedy
+        self._command_options = command_options
         self._delete_timeout_seconds = delete_timeout_seconds
         self._workers = parallel_calls
         self._calls_per_second = calls_per_second
@@ -134,13 +136,7 @@ class TpuProvisioner(Provisioner):
             raise SliceExistsError(f"{request.name} is being asked for, or deleted, by a process on this machine")
         try:
             if (left := self._store.load(request.name)) is not None:
-                waits = ""
-                if left.state is IntentState.ASKED:
-                    waits = f"`fray tpu wait {request.name}` takes it up; "
-                raise SliceExistsError(
-                    f"a request for {request.name} was left behind by a client that is gone: {waits}{self._remedy} "
-                    "deletes what there may be of it"
-                )
+                raise SliceExistsError(self._left_behind(left))
             intent = Intent.of(request, self.project, self.owner, self._clock.now())
             pursuit = self._pursuit(intent, request, claim)
         except BaseException:
@@ -153,7 +149,7 @@ class TpuProvisioner(Provisioner):
     def wait_ready(self, name: str, on_progress: OnProgress | None = None) -> SliceGroup:  # noqa: D102
         pursuit = self._pursued(name)
         if pursuit is None:
-            taken_up = self._take_up(name)
+            taken_up = self._requests.take_up(name)
             if taken_up is None:
                 group = self.describe(name)
                 if group.state is SliceState.READY:
@@ -162,7 +158,9 @@ class TpuProvisioner(Provisioner):
                     f"{name} is {group.state}{f' ({group.message})' if group.message else ''} and nobody asks for it "
                     "any more: delete it (`fray tpu down`) and create it again"
                 )
-            pursuit = self._created[taken_up.intent.id] = taken_up
+            intent, claim = taken_up
+            assert intent.request is not None
+            pursuit = self._created[intent.id] = self._pursuit(intent, intent.request, claim)
         with self._or_nothing(pursuit):
             group = pursuit.finish(on_progress)
         self._created[pursuit.intent.id] = group
@@ -175,8 +173,7 @@ class TpuProvisioner(Provisioner):
         named = [group for group in self._inventory.groups() if group.name == name]
         found = [group for group in named if all_owners or self._is_mine(group)]
         if not found:
-            others = sorted({group.lease.owner for group in named if group.lease is not None})
-            raise self._not_found(name, others)
+            raise self._not_found(name, named)
         return max(found, key=lambda group: (self._is_mine(group), LEAST_FIRST.index(group.state)))
 
     def delete(self, *what: str | SliceGroup) -> None:  # noqa: D102
@@ -190,40 +187,37 @@ class TpuProvisioner(Provisioner):
                     "shows others' slices whose lease has ended, and deletes them with --yes"
                 )
         # Of a name there may be a request in flight, and slices in another zone too.
-        intents = {group.labels.get(_labels.INTENT) for group in groups}
-        requested: dict[str, str] = {}
-        unreadable: dict[str, PlatformError] = {}
-        for name in names | {group.name for group in groups}:
-            try:
-                intent = self._in_flight(name)
-            except PlatformError as error:  # what there is, is billed, whatever the disk says
-                unreadable[name] = error
-                continue
-            if intent is None or (name not in names and intent.id not in intents):
-                continue
-            if _labels.label_value(intent.owner) != _labels.label_value(self.owner):
-                raise InvalidValueError(
-                    f"the request for {name} on this machine is {intent.owner}'s, and not {self.owner}'s: `fray tpu gc "
-                    "--all-owners` shows it when nobody waits for it any more, and deletes it with --yes"
-                )
-            requested[name] = intent.id
+        requests, unreadable = self._requests_for(names, groups)
         if names:
-            groups += [group for group in self.list() if group.name in names and group not in groups]
-            for name in sorted(names - {group.name for group in groups} - requested.keys()):
-                raise unreadable.get(name) or self._not_found(name)
-        failed = [str(unreadable[name]) for name in sorted(names & unreadable.keys())]
-        for name in sorted(requested):
-            failed += self._give_up(name)
-        left = [group for group in groups if requested.get(group.name) != group.labels.get(_labels.INTENT)]
+            named = [group for group in self._inventory.groups() if group.name in names]
+            groups += [group for group in named if self._is_mine(group) and group not in groups]
+            for name in sorted(names - {group.name for group in groups}):
+                request = requests.get(name)
+                if request is not None and not self._requests.is_mine(request):
+                    raise InvalidValueError(
+                        f"the request for {name} on this machine is {request.owner}'s, and not {self.owner}'s: "
+                        "`fray tpu gc --all-owners` shows it when nobody waits for it any more"
+                    )
+                if request is None and name not in unreadable:
+                    raise self._not_found(name, [group for group in named if group.name == name])
+        own = [request for request in requests.values() if self._requests.is_mine(request)]
+        failed = [
+            f"what else may have been asked for under the name {name}, since {error}"
+            for name, error in sorted(unreadable.items())
+            if name in names
+        ]
+        for request in own:
+            failed += self._give_up(request)
+        handled = {request.id for request in own}
+        left = [group for group in groups if group.labels.get(_labels.INTENT) not in handled]
         # On disk first: who begins to delete and dies has said that it is not wanted any more.
-        recorded = {group.name for group in left if self._record_deletion(group)}
+        recorded = [group for group in left if self._requests.record_deletion(group)]
         reasons = self._remover.remove([Target.of_group(group) for group in left])
         for group, reason in zip(left, reasons, strict=True):
             if reason is None:
                 self._created.pop(group.labels.get(_labels.INTENT, ""), None)
-                if group.name in recorded:
-                    with suppress(PlatformError):
-                        self._store.remove(group.name)
+                if group in recorded:
+                    self._requests.forget_deletion(group)
             else:
                 failed.append(reason)
         if failed:
@@ -258,11 +252,11 @@ class TpuProvisioner(Provisioner):
         return Lease(group.lease.owner, group.lease.purpose, until)
 
     def reconcile(self) -> GcReport:  # noqa: D102
-        doomed, unreadable = self._abandoned(all_owners=False)
+        doomed, unreadable = self._requests.abandoned(all_owners=False)
         return self.gc(GcPlan(tuple(doomed), tuple(unreadable)))
 
     def plan_gc(self, *, all_owners: bool = False) -> GcPlan:  # noqa: D102
-        doomed, unreadable = self._abandoned(all_owners=all_owners)
+        doomed, unreadable = self._requests.abandoned(all_owners=all_owners)
         intents = {one.intent for one in doomed}
         for group in self.list(all_owners=all_owners):
             if group.labels.get(_labels.INTENT) not in intents and (reason := self._expired(group)):
@@ -278,7 +272,7 @@ class TpuProvisioner(Provisioner):
         def remove(one: Doomed) -> str | None:
             """Return why it is not gone; the empty string where it is to be spared."""
             try:
-                return self._remove_abandoned(one) if one.group is None else self._remove_expired(one.group)
+                return self._requests.remove_abandoned(one) if one.group is None else self._remove_expired(one.group)
             except FrayError as error:
                 return str(error)
 
@@ -296,7 +290,7 @@ class TpuProvisioner(Provisioner):
         failed: builtins.list[str] = []
         for one in builtins.list(self._created.values()):
             if isinstance(one, Pursuit):
-                failed += self._give_up(one.name)
+                failed += self._give_up(one.intent)
         try:
             if groups := [one for one in self._created.values() if isinstance(one, SliceGroup)]:
                 self.delete(*groups)
@@ -325,13 +319,23 @@ class TpuProvisioner(Provisioner):
     def _store(self) -> IntentStore:
         return IntentStore(self._state_directory or default_directory(), self.project, self._remedy)
 
+    @cached_property
+    def _requests(self) -> Requests:
+        return Requests(self._store, self._remover, self._clock, self.owner, self._zones)
+
+    def _command(self, command: str) -> str | None:
+        """Return a `fray tpu …` that finds what this object does; None where none can."""
+        if self._command_options is not None:
+            return f"`fray tpu {command}{self._command_options}`"
+        if self._state_directory is not None:
+            return None
+        owner = f"FRAY_TPU_OWNER={shlex.quote(self._given_owner)} " if self._given_owner else ""
+        project = f" --project {shlex.quote(self._given_project)}" if self._given_project else ""
+        return f"`{owner}fray tpu {command}{project}`"
+
     @property
     def _remedy(self) -> str:
-        if self._given_remedy:
-            return self._given_remedy
-        if self._state_directory is not None:
-            return "`reconcile`, of a provisioner with the same state_directory,"
-        return f"`fray tpu gc --yes{f' --project {self._given_project}' if self._given_project else ''}`"
+        return self._command("gc --yes") or "`reconcile`, of a provisioner with the same owner and state_directory,"
 
     @cached_property
     def _inventory(self) -> Inventory:
@@ -363,139 +367,41 @@ class TpuProvisioner(Provisioner):
             pursuit.give_up(error)
             raise
 
-    # Requests on this machine
-
-    def _take_up(self, name: str) -> Pursuit | None:
-        """Look after a request that another process left in the queue; None where there is no such request."""
-        claim = self._store.claim(name)
-        if claim is None:
-            raise SliceExistsError(f"{name} is waited for, or deleted, by another process on this machine")
-        try:
-            intent = self._store.load(name)
-            if intent is not None and intent.request is not None and intent.state is IntentState.ASKED:
-                return self._pursuit(intent, intent.request, claim)
-        except BaseException:
-            claim.release()
-            raise
-        claim.release()
-        return None
+    # Requests
 
     def _pursued(self, name: str) -> Pursuit | None:
         """Return what this object is after under a name: there is one at most, for its lock is held."""
         return next((one for one in self._created.values() if isinstance(one, Pursuit) and one.name == name), None)
 
-    def _in_flight(self, name: str) -> Intent | None:
-        """Return the request of this name that is not ready, or is being deleted; None where there is none."""
-        if (pursuit := self._pursued(name)) is not None:
-            return pursuit.intent
-        intent = self._store.load(name)
-        return intent if intent is not None and self._is_looked_at(intent) else None
-
-    def _is_looked_at(self, intent: Intent) -> bool:
-        """Whether a request is for one of the zones that this object is for."""
-        return self._zones == ("-",) or not set(intent.zones).isdisjoint(self._zones)
-
-    def _give_up(self, name: str) -> builtins.list[str]:
-        """Delete what there may be of a request that is not ready; return what could not be deleted."""
-        pursuit = self._pursued(name)
-        try:
-            if pursuit is not None:
-                del self._created[pursuit.intent.id]
-                pursuit.give_up(ProvisioningError("it was not wanted any more"))
-                return []
-            reason = self._remove_abandoned(Doomed(name, "deleted", self.owner, ()), force=True)
-        except FrayError as error:
-            reason = str(error)
-        return [reason] if reason else []
-
-    def _record_deletion(self, group: SliceGroup) -> bool:
-        """Record that a group is to be deleted; return whether that was done."""
-        try:
-            return self._recorded_deletion(group)
-        except PlatformError:
-            return False  # its lease ends anyway, which is another way to find it
-
-    def _recorded_deletion(self, group: SliceGroup) -> bool:
-        claim = self._store.claim(group.name)
-        if claim is None:
-            return False  # a group of this name in another zone is being asked for: its record is not overwritten
-        try:
-            if self._store.load(group.name) is not None:
-                return False
-            target = Target.of_group(group)
-            self._store.save(
-                Intent(
-                    id=target.intent,
-                    name=group.name,
-                    project=self.project,
-                    owner=self.owner,
-                    state=IntentState.GIVEN_UP,
-                    created=self._clock.now(),
-                    candidates=[
-                        Candidate(
-                            full_name=target.full_name,
-                            zone=group.zone,
-                            node_names=target.node_names,
-                            asked_at=self._clock.now(),
-                            is_settled=True,
-                        )
-                    ],
-                    reason="deleted",
-                )
-            )
-        finally:
-            claim.release()
-        return True
-
-    def _abandoned(self, *, all_owners: bool) -> tuple[builtins.list[Doomed], builtins.list[str]]:
-        """Return the requests on this machine that nobody looks after, and the records that cannot be read."""
-        doomed: builtins.list[Doomed] = []
-        unreadable: builtins.list[str] = []
-        for name in self._store.names():
-            claim = self._store.claim(name)
-            if claim is None:
-                continue
+    def _requests_for(
+        self, names: set[str], groups: Sequence[SliceGroup]
+    ) -> tuple[dict[str, Intent], dict[str, PlatformError]]:
+        """Return the requests of these names, and of these groups, by name; and why some cannot be read."""
+        found: dict[str, Intent] = {}
+        unreadable: dict[str, PlatformError] = {}
+        intents = {group.labels.get(_labels.INTENT) for group in groups}
+        for name in sorted(names | {group.name for group in groups}):
+            pursuit = self._pursued(name)
             try:
-                intent = self._store.load(name)
-            except PlatformError as error:
-                unreadable.append(str(error))
+                request = self._requests.find(name) if pursuit is None else pursuit.intent
+            except PlatformError as error:  # what there is, is billed, whatever the disk says
+                unreadable[name] = error
                 continue
-            finally:
-                claim.release()
-            if intent is None or not self._is_looked_at(intent):
-                continue
-            owner = _labels.label_value(intent.owner)
-            if all_owners or owner == _labels.label_value(self.owner):
-                reason = f"given up: {intent.reason}" if intent.reason else "the client that asked for it is gone"
-                doomed.append(Doomed(name, reason, owner, intent.zones, None, intent=intent.id))
-        return doomed, unreadable
+            if request is not None and (name in names or request.id in intents):
+                found[name] = request
+        return found, unreadable
 
-    def _remove_abandoned(self, one: Doomed, *, force: bool = False) -> str | None:
-        claim = self._store.claim(one.name)
-        if claim is None and not force:
-            return ""  # somebody looks after it now
+    def _give_up(self, request: Intent) -> builtins.list[str]:
+        """Delete what there may be of a request that is not ready; return what could not be deleted."""
+        pursuit = self._created.get(request.id)
+        if not isinstance(pursuit, Pursuit):
+            return self._requests.cancel(request)
+        del self._created[request.id]
         try:
-            intent = self._store.load(one.name)
-            if intent is None or (one.intent and intent.id != one.intent):
-                return ""
-            if claim is not None:
-                intent.state, intent.reason = IntentState.GIVEN_UP, intent.reason or one.reason
-                with suppress(PlatformError):  # the record as it is says enough
-                    self._store.save(intent)
-            else:
-                self._store.cancel(one.name, intent.id)
-                # Read after that: what it asks for from now on, it does not ask for.
-                intent = self._store.load(one.name) or intent
-            asked = [each for each in intent.candidates if each.asked_at is not None and not each.is_gone]
-            reasons = self._remover.remove([Target.of_candidate(intent, each) for each in asked])
-            if failed := [reason for reason in reasons if reason is not None]:
-                return "; ".join(failed)
-            if claim is not None:
-                self._store.remove(one.name)
-            return None
-        finally:
-            if claim is not None:
-                claim.release()
+            pursuit.give_up(ProvisioningError("it was not wanted any more"))
+        except FrayError as error:
+            return [str(error)]
+        return []
 
     # Leases
 
@@ -518,9 +424,20 @@ class TpuProvisioner(Provisioner):
         (reason,) = self._remover.remove([Target.of_group(group)])
         return reason
 
-    def _not_found(self, name: str, owners: Sequence[str] = ()) -> SliceNotFoundError:
+    def _left_behind(self, request: Intent) -> str:
+        said = f"a request for {request.name} was left behind by a client that is gone"
+        if not self._requests.is_mine(request):
+            return f"{said}. It is {request.owner}'s: choose another name"
+        takes_up = self._command(f"wait {request.name}") or "`wait_ready`"
+        waits = f"{takes_up} takes it up; " if self._requests.is_wanted(request) else ""
+        return f"{said}: {waits}{self._remedy} deletes what there may be of it"
+
+    def _not_found(self, name: str, others: Sequence[SliceGroup] = ()) -> SliceNotFoundError:
         where = "any zone" if self._zones == ("-",) else ", ".join(self._zones)
-        hint = f"{', '.join(owners)} has: see `--all-owners`" if owners else "`fray tpu list` shows what there is"
+        owners = sorted({group.lease.owner for group in others if group.lease is not None})
+        hint = "`fray tpu list` shows what there is"
+        if owners:
+            hint = f"{', '.join(owners)} has: `fray tpu list --all-owners`"
         return SliceNotFoundError(
             f"{self.owner} has no slices named {name!r} in {where} of project {self.project}: {hint}"
         )
