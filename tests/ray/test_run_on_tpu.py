@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 from ray.exceptions import GetTimeoutError
 
 from fray import Resource, RuntimeEnv, TpuRunConfig
+from fray.backend.ray.testing import _marked
 from fray.errors import (
     HostFailedError,
     InvalidTypeError,
@@ -336,6 +338,43 @@ def test_the_loss_of_a_host_counts_though_the_others_fail_of_it(tpus: TpuHarness
     preempting = threading.Thread(target=preempt)
     preempting.start()
     assert tpus.cluster.run_on_tpu(fails_with_the_other, tpus.config(failures=0)) == [2, 2, 2, 2]
+    preempting.join()
+
+
+def test_a_host_whose_process_goes_before_its_node_is_lost(tpus: TpuHarness, tmp_path: Path) -> None:
+    """A machine that ends kills its processes in any order, and what is left of it may say that all is well."""
+    begun, gone = tmp_path / "begun", tmp_path / "gone"
+
+    def fails_with_the_other(ctx: Any) -> int:
+        import os
+        import time
+
+        if ctx.attempt > 1:
+            return int(ctx.attempt)
+        if ctx.host_id == 1:
+            begun.write_text(str(os.getpid()))
+            time.sleep(600)
+        while not gone.exists():
+            time.sleep(0.01)
+        raise RuntimeError("the coordination service is not there")
+
+    def preempt() -> None:
+        until(lambda: begun.exists() and begun.read_text(), "the first attempt")
+        there = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in _marked({tpus.slices.hosts[0][1].mark})}
+        (raylet,) = [pid for pid, line in there.items() if line.split(b"\0")[0].endswith(b"/raylet")]
+        (keeper,) = [pid for pid, line in there.items() if b"_tpu_keeper" in line]
+        os.kill(raylet, signal.SIGSTOP)  # it cannot tell of what happens now
+        os.kill(int(begun.read_text()), signal.SIGKILL)
+        until(lambda: not Path(f"/proc/{keeper}").exists(), "the keeper to say that nothing is left")
+        gone.touch()
+        time.sleep(1)  # a moment in which all that could speak for the host's loss is silent
+        tpus.slices.take_away(0, 1)
+        until(lambda: tpus.nodes() == 4, "Ray to notice")
+        tpus.slices.bring_back(0, 1)
+
+    preempting = threading.Thread(target=preempt)
+    preempting.start()
+    assert tpus.cluster.run_on_tpu(fails_with_the_other, tpus.config(1, failures=0)) == [2, 2]
     preempting.join()
 
 

@@ -10,6 +10,7 @@ import queue
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -261,16 +262,17 @@ class Attempt:
         return judge(self._hosts[index], error)
 
     def _lost(self, suspect: int | None) -> list[Host]:
-        """Find the hosts that have gone, now that something is wrong: those that do not answer are asked Ray about."""
+        """Find the hosts that have gone, now that something is wrong: those that do not answer are asked Ray about.
+
+        A process that ended without a result may have been the first of its host to go, whatever its keeper could say.
+        """
         assert self._switchboard is not None
-        suspects = set() if suspect is None or suspect in self._gone else {suspect}
-        for index in range(len(self._hosts)):
-            if index not in self._hello or index in self._gone:
-                continue
-            if not self._switchboard.send(index, PING):
+        suspects = {index for index in self._gone if index not in self._results}
+        if suspect is not None:
+            suspects.add(suspect)
+        for index in self._hello:
+            if index not in self._gone and index not in suspects and not self._switchboard.send(index, PING):
                 suspects.add(index)
-            elif index == suspect:
-                suspects.discard(index)  # its keeper answers for it
         asked = {i for i in self._hello if i not in self._gone and i not in suspects}
         give_up = time.monotonic() + _SILENCE_SECONDS
         while asked and time.monotonic() < give_up:
@@ -294,7 +296,7 @@ class Attempt:
             lost = self._reservation.lost_hosts()
             if lost or not suspects or time.monotonic() > give_up:
                 return lost
-            suspects = {index for index in suspects if not self._answers(self._hosts[index])}
+            suspects -= self._answering(suspects)
 
     def _lost_silently(self) -> list[Host]:
         """Look for hosts that have gone without anything having failed: they say nothing any more, or have not yet."""
@@ -307,15 +309,20 @@ class Attempt:
             self._switchboard.send(index, PING)
         return self._reservation.lost_hosts()
 
-    def _answers(self, host: Host) -> bool:
-        """Have a node run a trivial task: one that does is there."""
+    def _answering(self, indices: set[int]) -> set[int]:
+        """Have nodes run a trivial task; return which do, and so are there."""
         import ray
 
-        try:
-            return bool(ray.get(self._on_node(lambda: True, host).remote(), timeout=_SILENCE_SECONDS))
-        except Exception:
+        tasks = {self._on_node(lambda: True, self._hosts[index]).remote(): index for index in sorted(indices)}
+        done, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=_SILENCE_SECONDS)
+        answering = set()
+        for task in done:
+            with suppress(Exception):
+                ray.get(task)
+                answering.add(tasks[task])
+        if answering != indices:
             time.sleep(_LOOK_SECONDS)
-            return False
+        return answering
 
     # The end
 
