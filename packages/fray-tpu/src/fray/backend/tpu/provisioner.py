@@ -211,12 +211,12 @@ class TpuProvisioner(Provisioner):
         handled = {request.id for request in own}
         left = [group for group in groups if group.labels.get(_labels.INTENT) not in handled]
         # On disk first: who begins to delete and dies has said that it is not wanted any more.
-        recorded = [group for group in left if self._requests.record_deletion(group)]
+        recorded = [self._requests.record_deletion(group) for group in left]
         reasons = self._remover.remove([Target.of_group(group) for group in left])
-        for group, reason in zip(left, reasons, strict=True):
+        for group, is_recorded, reason in zip(left, recorded, reasons, strict=True):
             if reason is None:
                 self._created.pop(group.labels.get(_labels.INTENT, ""), None)
-                if group in recorded:
+                if is_recorded:
                     self._requests.forget_deletion(group)
             else:
                 failed.append(reason)
