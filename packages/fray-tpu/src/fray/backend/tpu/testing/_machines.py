@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import queue
+import random
 import shutil
 import signal
 import socket
@@ -43,6 +44,8 @@ _AGENT_PORTS = (
     "runtime-env-agent-port",
     "metrics-export-port",
 )
+# Above those of Ray's workers, and below those that Linux gives to whoever asks for any.
+_PORTS = range(20_000, 32_000)
 _READY, _PREEMPTED = tpu_v2.Node.State.READY, tpu_v2.Node.State.PREEMPTED
 
 
@@ -279,12 +282,22 @@ def _ray_options(machine: Machine) -> str:
         "object-store-memory": _OBJECT_STORE_BYTES,
         "temp-dir": machine.ray_directory,
     }
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in _AGENT_PORTS]
-        for name, probe in zip(_AGENT_PORTS, probes, strict=True):
-            probe.bind(("127.0.0.1", 0))
-            options[name] = probe.getsockname()[1]
+    options |= zip(_AGENT_PORTS, _free_ports(len(_AGENT_PORTS)), strict=True)
     return " ".join(f"--{name}={value}" for name, value in {**options, "node-ip-address": "127.0.0.1"}.items())
+
+
+def _free_ports(count: int) -> list[int]:
+    """Return ports that nobody has, and nobody is given by asking for any: a node that starts again has the same."""
+    ports: list[int] = []
+    with ExitStack() as stack:
+        for port in random.sample(_PORTS, len(_PORTS)):
+            probe = stack.enter_context(socket.socket())
+            with suppress(OSError):
+                probe.bind(("", port))
+                ports.append(port)
+            if len(ports) == count:
+                break
+    return ports
 
 
 def _kill_marked(mark: str) -> None:
