@@ -151,7 +151,8 @@ def test_ctrl_c_deletes_what_was_asked_for(fray: TpuCommand, cloud: FakeCloud) -
         interrupt(process)
         _, said = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == 130
-    assert b"interrupted: train is being deleted; should that be interrupted too: `fray tpu gc --yes --fake`" in said
+    assert b"interrupted: train is being deleted" in said
+    assert b"should that be interrupted too: `fray tpu gc --yes --fake`\nfray: nothing is left of train\n" in said
     assert cloud.existing() == []
 
 
@@ -280,7 +281,11 @@ def test_googles_refusals_say_what_to_do(
         (["types", "v9"], "v5e"),
         (["describe", "nonesuch", "--fake"], "nonesuch"),
         (["down", "nonesuch", "--fake"], "nonesuch"),
-        (["exec", "nonesuch", "--fake", "true"], "nonesuch"),
+        (["exec", "nonesuch", "--fake", "true"], "no SSH"),
+        (["ssh", "nonesuch", "--fake", "--print"], "nonesuch"),
+        (["up", "v5litepod-16", "--fake", "--name", ""], "no name for slices"),
+        (["plan", "v5litepod-16", "--zone", "us-central1"], "no zone"),
+        (["down", "one", "other", "--fake"], "Nothing was deleted"),
     ],
     ids=lambda value: " ".join(value[:4]) if isinstance(value, list) else "",
 )

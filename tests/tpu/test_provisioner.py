@@ -224,7 +224,7 @@ def test_when_no_choice_can_be_had_each_says_why(cloud: FakeCloud, tmp_path: Pat
     [
         (Supply(Ending.NEVER, outlives_its_deadline=True), "no capacity for v5litepod-16", HOUR),
         (Supply(Ending.NEVER), "there was no capacity in the time given", HOUR),
-        (Supply(Ending.HANGS), "was granted and is not ready after 12", 2000),
+        (Supply(Ending.HANGS), "was granted, is not ready after 12", 2000),
     ],
 )
 def test_what_does_not_come_in_time_is_given_up(
@@ -682,7 +682,7 @@ def test_what_a_dead_client_asked_for_is_deleted_by_the_next(
 ) -> None:
     state = killed(cloud, tmp_path, call, after=after)
     report = provisioner_of(cloud, state).reconcile()
-    assert [(one.name, one.reason) for one in report.deleted] == [("train", "the client that asked for it is gone")]
+    assert [(one.name, one.reason) for one in report.deleted] == [("train", "asked for, and nobody waits for it")]
     assert names(cloud) == records(state) == []
 
 

@@ -94,8 +94,14 @@ def print_json(value: Any) -> None:
 
 
 def print_table(header: Row, rows: Iterable[Row]) -> None:
-    """Print a table: drawn for the terminal's width, or in a pipe as aligned lines that nothing is cut from."""
-    if is_terminal(sys.stdout):
+    """Print a table: drawn for the terminal's width, or as aligned lines that nothing is cut from.
+
+    The latter in a pipe, and where the terminal is too narrow for all but the last column.
+    """
+    lines = [[one_line(cell) or "-" for cell in row] for row in (header, *rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    fixed = sum(widths[:-1]) + 2 * (len(widths) - 1) + len(header[-1])
+    if is_terminal(sys.stdout) and fixed <= _terminal_width():
         from rich.table import Table
         from rich.text import Text
 
@@ -104,14 +110,12 @@ def print_table(header: Row, rows: Iterable[Row]) -> None:
             table.add_column(title, no_wrap=True)
         # Only a column that may wrap gives way, and its texts are cut instead: an id that is cut is good for nothing.
         table.add_column(header[-1])
-        for row in rows:
-            cells = [Text(one_line(cell), _STATUS_STYLES.get(cell, "")) for cell in row]
+        for row in lines[1:]:
+            cells = [Text("" if cell == "-" else cell, _STATUS_STYLES.get(cell, "")) for cell in row]
             cells[-1].no_wrap, cells[-1].overflow = True, "ellipsis"
             table.add_row(*cells)
         _print_rich(table)
         return
-    lines = [[one_line(cell) or "-" for cell in row] for row in (header, *rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     print_lines(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
@@ -193,6 +197,12 @@ def _printable(text: str) -> str:
     return "".join(
         each if each.isprintable() or each in "\n\t" else each.encode("unicode_escape").decode() for each in text
     )
+
+
+def _terminal_width() -> int:
+    from rich.console import Console
+
+    return Console().width
 
 
 def _print_rich(what: Any) -> None:

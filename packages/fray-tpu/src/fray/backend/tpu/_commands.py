@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fray.backend.tpu._request_options import asks
-from fray.backend.tpu.types import SliceGroup, SliceRequest
+from fray.backend.tpu.types import SliceGroup, SliceRequest, SliceState
 from fray.cli._errors import EXIT_PLATFORM, EXIT_TIMEOUT
 from fray.cli._output import print_json, print_lines, say, write_error, write_out
 from fray.cli._quantities import parse_duration
@@ -85,9 +85,13 @@ def up(
         raise InvalidValueError("--no-wait: with --at-once all choices could be granted, and nobody would cancel any")
     with _provisioner(project, None, fake) as provisioner, WaitDisplay() as display:
         with _told_on_interrupt(request.name, display, _where(project, fake)):
-            group = provisioner.create(request)
-            if not no_wait:
-                group = provisioner.wait_ready(request.name, display)
+            try:
+                group = provisioner.create(request)
+                if not no_wait:
+                    group = provisioner.wait_ready(request.name, display)
+            except BaseException:
+                provisioner.delete_created()  # an interrupt may come between the two
+                raise
         display.stop()
         _show_new(group, _where(project, fake), as_json)
 
@@ -201,6 +205,7 @@ def ssh(
     elif print_only:
         print_lines([shlex.join(line)])
     else:
+        _check_ssh(fake)
         os.execvp(line[0], line)
 
 
@@ -235,6 +240,7 @@ def exec_everywhere(
     """
     from fray.backend.tpu._ssh import run_on_workers
 
+    _check_ssh(fake)
     with _provisioner(project, zone, fake) as provisioner:
         workers = _workers(provisioner.describe(name, all_owners=all_owners), internal_ip)
     width = len(str(len(workers) - 1))
@@ -254,7 +260,7 @@ def exec_everywhere(
     )
     for end in ends:
         if end.has_failed:
-            say(f"host {end.rank} {_end_text(end)}")
+            say(f"host {end.rank}: {_end_text(end)}")
     if any(end.exit_code is None and "Permission denied (publickey" in end.message for end in ends):
         say(
             "the hosts do not know the key: --identity names one that they know; `fray tpu up --metadata` can tell them"
@@ -348,6 +354,8 @@ def gc(
             say("nothing was left behind")
     else:
         print_lines(one.name for one in report.deleted)
+        if not planned.doomed:
+            say("nothing was left behind")
         for one in report.spared:
             say(f"{one.name} is spared: its lease was renewed, or somebody looks after it")
     if failures:
@@ -390,6 +398,11 @@ def _show_new(group: SliceGroup, where: str, as_json: bool) -> None:
 
     if as_json:
         print_json(group_as_plain(group))
+        return
+    if group.state is not SliceState.READY:
+        takes_up = f"`fray tpu wait {group.name}{where}` takes it up"
+        say(f"{group.name} is {group.state}: {takes_up}; until then `gc` may delete it")
+        print_lines([group.name])
         return
     cost = group_cost(group)
     until = f" until {group.lease.until:%Y-%m-%d %H:%M} UTC" if group.lease and group.lease.until else ""
@@ -434,13 +447,21 @@ def _told_on_interrupt(name: str, display: Any, where: str) -> Iterator[None]:
     def leave(number: int, frame: object) -> None:
         with suppress(OSError):  # the terminal may be gone
             display.stop()
-            say(f"interrupted: {name} is being deleted; should that be interrupted too: `fray tpu gc --yes{where}`")
+            say(
+                f"interrupted: {name} is being deleted, for ten minutes at most; should that be interrupted too: "
+                f"`fray tpu gc --yes{where}`"
+            )
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, leave) for number in numbers}
     try:
         yield
+    except (KeyboardInterrupt, SystemExit) as interrupt:
+        if not getattr(interrupt, "__notes__", []):
+            with suppress(OSError):
+                say(f"nothing is left of {name}")
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -481,6 +502,11 @@ def _ssh_options(user: str | None, identity: Path | None) -> SshOptions:
         known_hosts=known_hosts,
         program=program,
     )
+
+
+def _check_ssh(fake: bool) -> None:
+    if fake and "FRAY_TPU_SSH" not in os.environ:
+        raise UnsupportedError("--fake: the stand-in's hosts have no SSH; `fray tpu ssh --print` shows the command")
 
 
 def _joined(command: list[str] | None) -> str | None:

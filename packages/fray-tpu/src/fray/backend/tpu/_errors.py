@@ -6,6 +6,7 @@ the operation or the request that failed) and what they say; the words are alway
 
 from __future__ import annotations
 
+import os
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +113,10 @@ def translate_credentials(error: Exception) -> FrayError:
     """Return the error for credentials that are missing or do not work any more, or cannot be used just now."""
     if is_passing_credentials_error(error):
         return ConnectionFailedError(f"Google gives no token for the credentials just now: {error}")
-    return AuthenticationError(f"Google's credentials are missing or no longer good ({error}): {_LOG_IN}")
+    remedy = _LOG_IN
+    if os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
+        remedy = f"correct GOOGLE_APPLICATION_CREDENTIALS, or unset it and {_LOG_IN}"
+    return AuthenticationError(f"Google's credentials are missing or no longer good ({error}): {remedy}")
 
 
 def translate(error: GoogleAPICallError, *, what: str, project: str, zone: str) -> FrayError:

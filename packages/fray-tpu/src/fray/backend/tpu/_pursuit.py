@@ -195,7 +195,7 @@ class Pursuit:
                 no `Exception` (an interrupt) it is a note on that one instead.
         """
         self.intent.state = IntentState.GIVEN_UP
-        self.intent.reason = f"{type(error).__name__}: {error}"[:500]
+        self.intent.reason = f"{type(error).__name__}: {error}".removesuffix(": ")[:500]
         try:
             with suppress(PlatformError):  # the record before it says as much: a client that is gone
                 self._store.save(self.intent)
@@ -315,7 +315,7 @@ class Pursuit:
                 return None
         candidate.is_settled = candidate.is_gone = True
         return SliceExistsError(
-            f"{candidate.id} exists in {candidate.zone}: choose another name, or `fray tpu down {self.name}`; {refusal}"
+            f"{candidate.id} exists in {candidate.zone}: choose another name, or delete it first; {refusal}"
         )
 
     def _look(self, course: _Course) -> FrayError | None:
@@ -403,12 +403,16 @@ class Pursuit:
         said = f"; last seen {course.state}{f': {course.message}' if course.message else ''}"
         if course.granted_at is None:
             waited = self._clock.now() - (course.candidate.asked_at or self.intent.created)
+            more = "" if len(self._request.choices) > 1 else "give several choices, or "
             return ProvisioningTimeoutError(
-                f"no capacity for {choice} within {waited:.0f} s{said}. Another zone or tier may have some: give "
-                "several choices, or a longer queue_timeout_seconds"
+                f"no capacity for {choice} within {waited:.0f} s{said}. Another zone or tier may have some: {more}"
+                "a longer queue timeout"
             )
         waited = self._clock.now() - course.granted_at
-        return ProvisioningTimeoutError(f"{choice} was granted and is not ready after {waited:.0f} s{said}")
+        return ProvisioningTimeoutError(
+            f"{choice} was granted, is not ready after {waited:.0f} s{said}, and is deleted. It may need a longer boot "
+            "timeout"
+        )
 
     def _deadline(self, course: _Course) -> float:
         if course.granted_at is not None:
@@ -448,6 +452,9 @@ class Pursuit:
             return self._errors[0][1]
         last = self._errors[-1][1]
         told = "; ".join(f"{choice}: {error}" for choice, error in self._errors)
+        left = [each for each in self.intent.candidates if each.asked_at is None and not each.is_gone]
+        if untried := ", ".join(str(self._request.choices[each.index]) for each in left):
+            told += f"; not asked for, for there was no time left: {untried}"
         said = f"none of the {len(self._request.choices)} choices for {self.name} could be had: {told}"
         if isinstance(last, QuotaExceededError):
             error: FrayError = QuotaExceededError(said, quota=last.quota, limit=last.limit, region=last.region)

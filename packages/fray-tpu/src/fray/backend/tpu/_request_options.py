@@ -59,7 +59,10 @@ def _request(
         bool, typer.Option("--at-once", help="Ask for all choices at the same time; the first to come stays.")
     ] = False,
     ttl: Annotated[
-        str, typer.Option("--ttl", metavar="DURATION", help="How long the lease runs, unless it is renewed.")
+        str,
+        typer.Option(
+            "--ttl", metavar="DURATION", help="Of the lease, from the last deadline on, unless it is renewed."
+        ),
     ] = "4h",
     queue_timeout: Annotated[
         str, typer.Option("--queue-timeout", metavar="DURATION", help="How long to wait for capacity.")
@@ -125,7 +128,7 @@ def _request(
 ) -> SliceRequest:
     lease = parse_duration("--ttl", ttl)
     return SliceRequest(
-        name or f"tpu-{os.urandom(4).hex()}",
+        f"tpu-{os.urandom(4).hex()}" if name is None else name,
         _choices(types, zone, spot, on_demand, reserved, reservation, runtime_version, fake=fake),
         at_once=at_once,
         num_slices=slices,

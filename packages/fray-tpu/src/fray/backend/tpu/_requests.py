@@ -80,7 +80,7 @@ class Requests:
                 unreadable.append(str(error))
                 continue
             if intent is not None and self._is_looked_at(intent) and (all_owners or self.is_mine(intent)):
-                reason = f"given up: {intent.reason}" if intent.reason else "the client that asked for it is gone"
+                reason = f"given up: {intent.reason}" if intent.reason else "asked for, and nobody waits for it"
                 doomed.append(Doomed(name, reason, label_value(intent.owner), intent.zones, None, intent=intent.id))
         return doomed, unreadable
 

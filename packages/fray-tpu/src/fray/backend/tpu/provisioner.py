@@ -199,7 +199,8 @@ class TpuProvisioner(Provisioner):
                         "`fray tpu gc --all-owners` shows it when nobody waits for it any more"
                     )
                 if request is None and name not in unreadable:
-                    raise self._not_found(name, [group for group in named if group.name == name])
+                    missing = self._not_found(name, [group for group in named if group.name == name])
+                    raise missing if len(names) == 1 else SliceNotFoundError(f"{missing}. Nothing was deleted")
         own = [request for request in requests.values() if self._requests.is_mine(request)]
         failed = [
             f"what else may have been asked for under the name {name}, since {error}"
@@ -435,9 +436,9 @@ class TpuProvisioner(Provisioner):
     def _not_found(self, name: str, others: Sequence[SliceGroup] = ()) -> SliceNotFoundError:
         where = "any zone" if self._zones == ("-",) else ", ".join(self._zones)
         owners = sorted({group.lease.owner for group in others if group.lease is not None})
-        hint = "`fray tpu list` shows what there is"
+        hint = f"{self._command('list') or '`list`'} shows what there is"
         if owners:
-            hint = f"{', '.join(owners)} has: `fray tpu list --all-owners`"
+            hint = f"{', '.join(owners)} has: {self._command('list --all-owners') or '`list(all_owners=True)`'}"
         return SliceNotFoundError(
             f"{self.owner} has no slices named {name!r} in {where} of project {self.project}: {hint}"
         )

@@ -34,7 +34,7 @@ _Member = TypeVar("_Member")
 
 # A name becomes a node's (63 characters at most, like the label), and may get `-alternative-9-999` behind it.
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
-_ZONE = re.compile(r"[a-z]+(-[a-z0-9]+)+")
+_ZONE = re.compile(r"[a-z]+(-[a-z]+)+\d+-[a-z]")
 _LABEL = re.compile(r"[\w-]{0,63}")
 _LABEL_KEY = re.compile(r"[^\W\d_][\w-]{0,62}")
 _MOST_CHOICES = 9

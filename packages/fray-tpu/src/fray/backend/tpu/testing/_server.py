@@ -106,7 +106,10 @@ class FakeCloud:
         self._server.start()
 
     def reset(self, clock: Clock | None = None) -> None:
-        """Begin anew, as a cloud in which nothing ever was; the server and its clients stay."""
+        """Begin anew, as a cloud in which nothing ever was; the server and its clients stay.
+
+        Its time begins anew too, by another `clock`: provisioners that were made before have the former.
+        """
         self.clock: Clock = clock or VirtualClock()
         self.world = World(
             self.clock, project=self.project, zones=self._zones, quotas=self._quotas, page_size=self._page_size

@@ -131,6 +131,7 @@ class World:
         self.faults: list[_Pending] = []
         self.lock = threading.RLock()
         self._resources: dict[str, _Resource] = {}
+        self._addresses = 0  # that were given
         self._nodes: dict[str, _Node] = {}
         self._operations: dict[str, operations_pb2.Operation] = {}
         self._by_request_id: dict[tuple[str, str], str] = {}
@@ -368,16 +369,17 @@ class World:
     def _make_ready(self, name: str, found: _Resource) -> None:
         if self._resources.get(name) is not found or found.message.state.state != _QR.PROVISIONING:
             return
-        for number, node_name in enumerate(found.nodes):
+        for node_name in found.nodes:
             node = self._nodes[node_name].message
             hosts = tpu_type(node.accelerator_type).hosts
+            first, self._addresses = self._addresses, self._addresses + hosts
             external = node.network_config.enable_external_ips
             node.network_endpoints = [
                 tpu_v2.NetworkEndpoint(
-                    ip_address=str(_INTERNAL + (number * hosts + host) % _ADDRESSES),
+                    ip_address=str(_INTERNAL + (first + host) % _ADDRESSES),
                     port=8470,
                     access_config=tpu_v2.AccessConfig(
-                        external_ip=str(_EXTERNAL + (number * hosts + host) % _ADDRESSES) if external else ""
+                        external_ip=str(_EXTERNAL + (first + host) % _ADDRESSES) if external else ""
                     ),
                 )
                 for host in range(hosts)
