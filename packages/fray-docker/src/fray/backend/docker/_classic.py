@@ -18,9 +18,15 @@ from fray.errors import ImageBuildError
 __all__ = ["build_classic"]
 
 _SHOWN_LINES = 20
+_TRIES = 3
+_VANISHED = "unknown parent image ID"
 _WATCH_SECONDS = 0.05
 _REMOVAL_SECONDS = 20
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # by which the engine tells what went to stderr
+
+
+class _CacheVanishedError(ImageBuildError):
+    """What the build was to go on from was removed meanwhile: somebody pruned, or removed an image that shared it."""
 
 
 def build_classic(
@@ -35,6 +41,22 @@ def build_classic(
     Raises:
         ImageBuildError: A step failed, or the build was cancelled.
     """
+    for left in reversed(range(_TRIES)):
+        try:
+            _build_once(request, engine, on_output, on_progress, cancel)
+            return
+        except _CacheVanishedError:
+            if not left:
+                raise
+
+
+def _build_once(
+    request: BuildRequest,
+    engine: Engine,
+    on_output: Callable[[bytes], None],
+    on_progress: Callable[[str], None],
+    cancel: threading.Event | None,
+) -> None:
     tail: deque[str] = deque(maxlen=_SHOWN_LINES)
     step = layer = ""
     # A client of its own: to end the build, its connection is cut.
@@ -67,7 +89,8 @@ def build_classic(
                     if match := re.match(r" ---> ([0-9a-f]{12,})\s", text):
                         layer = match[1]
                     if "error" in event:
-                        raise ImageBuildError(_failure(request, step, tail))
+                        kind = _CacheVanishedError if _VANISHED in text else ImageBuildError
+                        raise kind(_failure(request, step, tail))
         except Exception as error:
             if not connection.is_cut:
                 raise
