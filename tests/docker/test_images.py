@@ -368,6 +368,29 @@ def test_a_failing_step_is_named_with_its_last_lines(
     assert left_of(engine, marker) == []
 
 
+def test_a_build_whose_cached_step_is_removed_meanwhile_is_begun_again(
+    engine: Engine, make: Make, project: Path, repository: str
+) -> None:
+    """As when somebody prunes, or removes another image that shares the step."""
+    (project / "Dockerfile").write_text(f"FROM scratch\nENV OF={uuid.uuid4().hex}\nCOPY big /big\n")
+    (project / "big").write_bytes(os.urandom(1 << 20))
+    first = make(project, dockerfile="Dockerfile", builder="classic").build()
+    (project / "big").write_bytes(bytes(300 << 20))  # a step that takes a while
+    said: list[bytes] = []
+
+    def on_output(output: bytes) -> None:
+        said.append(output)
+        if output.startswith(b"Step 3") and engine.inspect_image(first.tag):
+            engine.api.remove_image(first.tag)  # with the nameless one that it was made from
+
+    second = make(project, dockerfile="Dockerfile", builder="classic").build(on_output)
+    assert engine.inspect_image(second.tag) is not None
+    assert engine.inspect_image(first.tag) is None
+    text = b"".join(said).decode()
+    assert "unknown parent image ID" in text
+    assert text.count("Step 3/") == 2
+
+
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_a_cancelled_build_leaves_nothing(
     make: Make, engine: Engine, base_image: str, project: Path, builder: str

@@ -98,8 +98,8 @@ def print_table(header: Row, rows: Iterable[Row]) -> None:
 
     The latter in a pipe, and where the terminal is too narrow for all but the last column.
     """
-    lines = [[one_line(cell) or "-" for cell in row] for row in (header, *rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    rows = [[one_line(cell) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     fixed = sum(widths[:-1]) + 2 * (len(widths) - 1) + len(header[-1])
     if is_terminal(sys.stdout) and fixed <= _terminal_width():
         from rich.table import Table
@@ -110,14 +110,15 @@ def print_table(header: Row, rows: Iterable[Row]) -> None:
             table.add_column(title, no_wrap=True)
         # Only a column that may wrap gives way, and its texts are cut instead: an id that is cut is good for nothing.
         table.add_column(header[-1])
-        for row in lines[1:]:
-            cells = [Text("" if cell == "-" else cell, _STATUS_STYLES.get(cell, "")) for cell in row]
+        for row in rows:
+            cells = [Text(cell, _STATUS_STYLES.get(cell, "")) for cell in row]
             cells[-1].no_wrap, cells[-1].overflow = True, "ellipsis"
             table.add_row(*cells)
         _print_rich(table)
         return
     print_lines(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        "  ".join((cell or "-").ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, *rows)
     )
 
 

@@ -14,7 +14,7 @@ from docker.utils import parse_repository_tag
 from fray.backend.docker._bases import find_base
 from fray.backend.docker._builders import choose_builder
 from fray.backend.docker._buildkit import build_by_buildkit
-from fray.backend.docker._classic import build_classic
+from fray.backend.docker._classic import CacheVanishedError, build_classic
 from fray.backend.docker._context import Context, read_context
 from fray.backend.docker._dockerfile import ENVIRONMENT_SECRET, Recipe, free_venv, render
 from fray.backend.docker._engine import Engine, find_endpoint
@@ -179,7 +179,13 @@ def carry_out(
     )
     on_progress("building image")
     if command is None:
-        build_classic(request, engine, on_output, on_progress, cancel)
+        for is_last in (False, False, True):
+            try:
+                build_classic(request, engine, on_output, on_progress, cancel)
+                break
+            except CacheVanishedError:
+                if is_last:
+                    raise
     else:
         build_by_buildkit(request, command, engine, on_output, on_progress, cancel)
     built = find_built(engine, frozen.tag)

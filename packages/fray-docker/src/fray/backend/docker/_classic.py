@@ -15,17 +15,16 @@ from fray.backend.docker._engine import Engine
 from fray.backend.docker._request import BuildRequest
 from fray.errors import ImageBuildError
 
-__all__ = ["build_classic"]
+__all__ = ["CacheVanishedError", "build_classic"]
 
 _SHOWN_LINES = 20
-_TRIES = 3
 _VANISHED = "unknown parent image ID"
 _WATCH_SECONDS = 0.05
 _REMOVAL_SECONDS = 20
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # by which the engine tells what went to stderr
 
 
-class _CacheVanishedError(ImageBuildError):
+class CacheVanishedError(ImageBuildError):
     """What the build was to go on from was removed meanwhile: somebody pruned, or removed an image that shared it."""
 
 
@@ -39,24 +38,9 @@ def build_classic(
     """Build an image; it has its tag only when the last step was done.
 
     Raises:
+        CacheVanishedError: It may be begun again.
         ImageBuildError: A step failed, or the build was cancelled.
     """
-    for left in reversed(range(_TRIES)):
-        try:
-            _build_once(request, engine, on_output, on_progress, cancel)
-            return
-        except _CacheVanishedError:
-            if not left:
-                raise
-
-
-def _build_once(
-    request: BuildRequest,
-    engine: Engine,
-    on_output: Callable[[bytes], None],
-    on_progress: Callable[[str], None],
-    cancel: threading.Event | None,
-) -> None:
     tail: deque[str] = deque(maxlen=_SHOWN_LINES)
     step = layer = ""
     # A client of its own: to end the build, its connection is cut.
@@ -89,7 +73,7 @@ def _build_once(
                     if match := re.match(r" ---> ([0-9a-f]{12,})\s", text):
                         layer = match[1]
                     if "error" in event:
-                        kind = _CacheVanishedError if _VANISHED in text else ImageBuildError
+                        kind = CacheVanishedError if _VANISHED in text else ImageBuildError
                         raise kind(_failure(request, step, tail))
         except Exception as error:
             if not connection.is_cut:

@@ -147,14 +147,7 @@ def translate(error: GoogleAPICallError, *, what: str, project: str, zone: str) 
                 f"{said}. Is {project!r} the right project? `gcloud projects list` shows those that you may use; "
                 "`gcloud config set project PROJECT` sets the default"
             )
-        about_something_in_it = _ACCELERATOR.search(words) or _RESERVATION.search(words)
-        # A permission that is lacking is told in the same words as a zone that is not there.
-        if isinstance(error, exceptions.PermissionDenied):
-            is_about_the_zone = permission is None and _NO_ZONE.search(words)
-        else:
-            is_found = not isinstance(error, exceptions.NotFound)
-            is_about_the_zone = not about_something_in_it and (_NO_ZONE if is_found else _ZONE).search(words)
-        if is_about_the_zone:
+        if permission is None and _is_about_the_zone(words, error):
             return InvalidValueError(
                 f"{said}. Is {zone!r} a zone with TPUs? `gcloud compute tpus locations list --project {project}` "
                 "shows those that there are"
@@ -173,9 +166,8 @@ def translate(error: GoogleAPICallError, *, what: str, project: str, zone: str) 
         return SliceExistsError(said)
     if isinstance(error, exceptions.ResourceExhausted | exceptions.TooManyRequests) and not _is_rate_limit(error):
         return _exhausted(said, words, error, zone, late=False)
-    if isinstance(
-        error, exceptions.BadRequest | exceptions.NotFound
-    ):  # InvalidArgument, FailedPrecondition, OutOfRange
+    # A bad request is InvalidArgument, FailedPrecondition or OutOfRange.
+    if isinstance(error, exceptions.BadRequest | exceptions.NotFound):
         return _refused(said, words, zone, project, error)
     if is_transient(error):
         return ConnectionFailedError(f"{said} ({type(error).__name__})")
@@ -233,6 +225,20 @@ def _refused(said: str, words: str, zone: str, project: str, error: GoogleAPICal
     if isinstance(error, exceptions.InvalidArgument):
         return InvalidValueError(said)
     return ProvisioningError(said)
+
+
+def _is_about_the_zone(words: str, error: GoogleAPICallError) -> bool:
+    """Whether it is the zone that is not there, and not something in it.
+
+    A permission that is lacking is told in the same words; it has to have been looked for before.
+    """
+    from google.api_core import exceptions
+
+    if isinstance(error, exceptions.PermissionDenied):
+        return bool(_NO_ZONE.search(words))
+    if _ACCELERATOR.search(words) or _RESERVATION.search(words):
+        return False
+    return bool((_ZONE if isinstance(error, exceptions.NotFound) else _NO_ZONE).search(words))
 
 
 def _permission(words: str, error: GoogleAPICallError) -> str | None:

@@ -193,9 +193,7 @@ class Provisioner(abc.ABC):
     def reconcile(self) -> GcReport:
         """Delete what clients of the caller's on this machine asked for and did not live to see ready.
 
-        Leases do not matter here.
-
-        A request that a living process waits for is left alone.
+        Leases do not matter here. A request that a living process waits for is left alone.
         """
 
     @abc.abstractmethod

@@ -26,7 +26,7 @@ from fray.backend.tpu._removal import Remover, Target
 from fray.backend.tpu._requests import Requests
 from fray.backend.tpu._states import LEAST_FIRST
 from fray.backend.tpu.interface import Clock, Doomed, GcPlan, GcReport, Provisioner, SystemClock, moment
-from fray.backend.tpu.types import Lease, OnProgress, SliceGroup, SliceRequest, SliceState
+from fray.backend.tpu.types import LONGEST_SECONDS, Lease, OnProgress, SliceGroup, SliceRequest, SliceState
 from fray.errors import (
     DeletionFailedError,
     FrayError,
@@ -156,7 +156,7 @@ class TpuProvisioner(Provisioner):
                     return group
                 raise ProvisioningError(
                     f"{name} is {group.state}{f' ({group.message})' if group.message else ''} and nobody asks for it "
-                    "any more: delete it (`fray tpu down`) and create it again"
+                    f"any more: delete it ({self._command(f'down {name}') or '`delete`'}) and create it again"
                 )
             intent, claim = taken_up
             assert intent.request is not None
@@ -183,24 +183,16 @@ class TpuProvisioner(Provisioner):
             if not self._is_mine(group):
                 whose = f"{group.lease.owner}'s" if group.lease else "not Fray's"
                 raise InvalidValueError(
-                    f"{group.name} in {group.zone} is {whose}, and not {self.owner}'s: `fray tpu gc --all-owners` "
-                    "shows others' slices whose lease has ended, and deletes them with --yes"
+                    f"{group.name} in {group.zone} is {whose}, and not {self.owner}'s: {self._gc_of_all} shows others' "
+                    "slices whose lease has ended"
                 )
         # Of a name there may be a request in flight, and slices in another zone too.
         requests, unreadable = self._requests_for(names, groups)
         if names:
             named = [group for group in self._inventory.groups() if group.name in names]
             groups += [group for group in named if self._is_mine(group) and group not in groups]
-            for name in sorted(names - {group.name for group in groups}):
-                request = requests.get(name)
-                if request is not None and not self._requests.is_mine(request):
-                    raise InvalidValueError(
-                        f"the request for {name} on this machine is {request.owner}'s, and not {self.owner}'s: "
-                        "`fray tpu gc --all-owners` shows it when nobody waits for it any more"
-                    )
-                if request is None and name not in unreadable:
-                    missing = self._not_found(name, [group for group in named if group.name == name])
-                    raise missing if len(names) == 1 else SliceNotFoundError(f"{missing}. Nothing was deleted")
+            for name in sorted(names - {group.name for group in groups} - unreadable.keys()):
+                self._check_request(name, requests.get(name), named, of_several=len(names) > 1)
         own = [request for request in requests.values() if self._requests.is_mine(request)]
         failed = [
             f"what else may have been asked for under the name {name}, since {error}"
@@ -227,16 +219,14 @@ class TpuProvisioner(Provisioner):
             )
 
     def renew(self, name: str, time_to_live_seconds: float) -> Lease:  # noqa: D102
-        if not time_to_live_seconds > 0:
-            raise InvalidValueError(f"time_to_live_seconds: {time_to_live_seconds} is not greater than 0")
+        if not 0 < time_to_live_seconds <= LONGEST_SECONDS:
+            raise InvalidValueError(f"time_to_live_seconds: {time_to_live_seconds} is not between 0 and a year")
         group = self.describe(name)
         if group.lease is None or not group.slices:
             raise UnsupportedError(
                 f"{name} is {group.state} and has no slices yet: a queued request has no labels of its own, so its "
                 f"lease stays as it is, until {group.lease.until if group.lease else 'nobody knows when'}"
             )
-        if time_to_live_seconds > 366 * 24 * 3600:
-            raise InvalidValueError(f"time_to_live_seconds: {time_to_live_seconds} is more than a year")
         until = moment(int(self._clock.now())) + timedelta(seconds=int(time_to_live_seconds))
         if group.lease.until is not None and group.lease.until >= until:
             return group.lease
@@ -335,6 +325,10 @@ class TpuProvisioner(Provisioner):
         return f"`{owner}fray tpu {command}{project}`"
 
     @property
+    def _gc_of_all(self) -> str:
+        return self._command("gc --all-owners") or "`plan_gc(all_owners=True)`"
+
+    @property
     def _remedy(self) -> str:
         return self._command("gc --yes") or "`reconcile`, of a provisioner with the same owner and state_directory,"
 
@@ -391,6 +385,19 @@ class TpuProvisioner(Provisioner):
             if request is not None and (name in names or request.id in intents):
                 found[name] = request
         return found, unreadable
+
+    def _check_request(
+        self, name: str, request: Intent | None, named: Sequence[SliceGroup], *, of_several: bool
+    ) -> None:
+        """Refuse a name under which there is nothing of the caller's."""
+        if request is None:
+            missing = self._not_found(name, [group for group in named if group.name == name])
+            raise SliceNotFoundError(f"{missing}. Nothing was deleted") if of_several else missing
+        if not self._requests.is_mine(request):
+            raise InvalidValueError(
+                f"the request for {name} on this machine is {request.owner}'s, and not {self.owner}'s: "
+                f"{self._gc_of_all} shows it when nobody waits for it any more"
+            )
 
     def _give_up(self, request: Intent) -> builtins.list[str]:
         """Delete what there may be of a request that is not ready; return what could not be deleted."""

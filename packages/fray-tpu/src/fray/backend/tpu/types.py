@@ -35,6 +35,8 @@ _Member = TypeVar("_Member")
 # A name becomes a node's (63 characters at most, like the label), and may get `-alternative-9-999` behind it.
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 _ZONE = re.compile(r"[a-z]+(-[a-z]+)+\d+-[a-z]")
+# A year: of a deadline, and of a lease.
+LONGEST_SECONDS = 366 * 24 * 3600
 _LABEL = re.compile(r"[\w-]{0,63}")
 _LABEL_KEY = re.compile(r"[^\W\d_][\w-]{0,62}")
 _MOST_CHOICES = 9
@@ -230,7 +232,7 @@ class SliceRequest:
             value = getattr(self, what)
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise InvalidTypeError(f"{what}: {value!r} is no number")
-            if not 0 < value <= 366 * 24 * 3600:
+            if not 0 < value <= LONGEST_SECONDS:
                 raise InvalidValueError(f"{what}: {value} is not between 0 and a year")
         labels = _strings("labels", self.labels)
         for key, text in labels.items():
