@@ -50,6 +50,8 @@ class Server:
                 "KbdInteractiveAuthentication no\n"
                 "PermitRootLogin prohibit-password\n"
                 "AcceptEnv NOTHING\n"
+                # Not the user's own: what their shell does when it starts is killed in the middle by some tests.
+                f"SetEnv HOME={directory}\n"
             )
             self.process = subprocess.Popen(
                 [SSHD, "-D", "-e", "-f", str(config)], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
