@@ -412,24 +412,6 @@ def test_engines_times_are_read_in_any_zone() -> None:
     assert len({_seconds(each) for each in times}) == 1
 
 
-def test_the_runner_is_brought_back_where_its_volume_was_pruned(harness: DockerHarness) -> None:
-    volume = harness.cluster._toolbox.volume  # type: ignore[attr-defined]
-    assert harness.run("true", in_image(harness)).status is JobStatus.SUCCEEDED
-    holders = harness.engine.api.containers(all=True, filters={"volume": volume})
-    for each in holders:
-        if each["State"] != "running":
-            harness.engine.api.remove_container(each["Id"])
-    harness.engine.api.remove_volume(volume, force=True)
-    harness.engine.api.create_volume(volume)  # empty, as the engine makes one by itself
-    mount = {"Type": "volume", "Source": volume, "Target": "/.fray"}
-    half = {"Image": harness.base_image, "Cmd": ["mkdir", "/.fray/light"], "HostConfig": {"Mounts": [mount]}}
-    filler = harness.engine.api.create_container_from_config(half)["Id"]
-    harness.engine.api.start(filler)  # or half full, as a fill leaves it that is cut off
-    harness.engine.api.wait(filler)
-    harness.engine.api.remove_container(filler)
-    assert harness.run("echo back", in_image(harness)).status is JobStatus.SUCCEEDED
-
-
 # Remote engines
 
 

@@ -71,6 +71,13 @@ def follow(cluster: fray.ClusterContext, job_id: str) -> tuple[threading.Thread,
     return thread, lines
 
 
+def succeeds_saying(cluster: DockerClusterContext, said: str, env: RuntimeEnv) -> None:
+    """Run a job that says something, and ends well."""
+    info = cluster.wait(cluster.create_job(f"echo '{said}'", env), DEADLINE_SECONDS)
+    assert info.status is JobStatus.SUCCEEDED, info
+    assert cluster.get_logs(info.id) == f"{said}\n"
+
+
 # The engine
 
 
@@ -123,6 +130,35 @@ def test_a_job_that_ends_with_its_engine_is_lost(
             assert other.get_job(job_id) == info
             assert other.get_job(finished) == ended, "what was over stays as it was"
             assert other.get_logs(finished) == "done\n"
+    own.close()
+
+
+def test_the_runner_is_brought_back_where_its_volume_was_pruned(
+    private_engine: MakeEngine, engine: Engine, shell_image: str
+) -> None:
+    own = private_engine()
+    own.start()
+    own.load(shell_image, engine)
+    api = Engine(own.endpoint).api
+    with DockerClusterContext(own.endpoint.host) as cluster:
+        image = RuntimeEnv(container_image=shell_image)
+        succeeds_saying(cluster, "first", image)
+        volume = cluster._toolbox.volume
+        for each in api.containers(all=True, filters={"volume": volume}):
+            api.remove_container(each["Id"], force=True)
+        api.remove_volume(volume)
+        api.create_volume(volume)  # empty, as the engine makes one by itself
+        succeeds_saying(cluster, "after it was emptied", image)
+        for each in api.containers(all=True, filters={"volume": volume}):
+            api.remove_container(each["Id"], force=True)
+        api.remove_volume(volume)
+        mount = {"Type": "volume", "Source": volume, "Target": "/.fray"}
+        half = {"Image": shell_image, "Cmd": ["mkdir", "/.fray/light"], "HostConfig": {"Mounts": [mount]}}
+        filler = api.create_container_from_config(half)["Id"]
+        api.start(filler)  # half full, as a fill leaves it that is cut off
+        api.wait(filler)
+        api.remove_container(filler)
+        succeeds_saying(cluster, "after it was half filled", image)
     own.close()
 
 

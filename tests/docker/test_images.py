@@ -31,6 +31,9 @@ from tests.requirements import missing
 
 from .registry import Registry
 
+# One user of the engine at a time: tests look at all that is in it.
+pytestmark = pytest.mark.xdist_group("docker")
+
 BUILDERS = ["buildkit", "classic"]
 LIBRARY = """
 [project]
