@@ -8,6 +8,11 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Examples are not timed: the machine may have anything else to do meanwhile.
+settings.register_profile("fray", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("fray")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -57,7 +57,7 @@ def test_a_job_that_failed_without_an_exit_code_of_its_own_is_125(command: Comma
 
 
 def test_run_out_of_time_does_not_succeed_even_where_the_command_exits_with_0(command: Command) -> None:
-    done = command("run", "--timeout", "1s", "--", "trap 'exit 0' TERM; while :; do sleep 0.05; done")
+    done = command("run", "--timeout", "3s", "--", "trap 'exit 0' TERM; while :; do sleep 0.05; done")
     assert done.returncode == 125
     assert "TIMED_OUT" in done.stderr
 

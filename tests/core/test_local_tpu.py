@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fray import JobContext, LocalClusterContext, RuntimeEnv, TpuContext, TpuRunConfig, get_job_context
+from fray import JobContext, LocalClusterContext, RuntimeEnv, TpuContext, TpuRunConfig, _local_tpu, get_job_context
 from fray._local_tpu import run_on_local_hosts
 from fray.errors import InvalidTypeError, InvalidValueError, UnsupportedError
 from fray.types import ActorOptions, Resource
@@ -17,10 +17,18 @@ def place(ctx: TpuContext) -> tuple[int, int, int, int, int]:
     return ctx.slice_id, ctx.num_slices, ctx.host_id, ctx.num_hosts, ctx.attempt
 
 
+@pytest.fixture
+def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host is waited for as long as a busy machine takes for a short function."""
+    monkeypatch.setattr(_local_tpu, "_HEAD_START_SECONDS", DEADLINE_SECONDS)
+    monkeypatch.setattr(_local_tpu, "_HEAD_STARTS_SECONDS", 1e6)
+
+
 @pytest.mark.parametrize(
     ("tpu_type", "hosts"),
     [("v4-8", 1), ("v4-32", 4), ("v4-64", 8), ("v5p-128", 16), ("v5p-256", 32), ("v6e-256", 64), ("v5e-8", 1)],
 )
+@pytest.mark.usefixtures("one_by_one")
 def test_the_function_is_called_once_per_host_in_host_order(tpu_type: str, hosts: int) -> None:
     counter = 0
 
@@ -86,6 +94,7 @@ def test_an_exception_is_the_function_s_own() -> None:
     assert raised.value is error
 
 
+@pytest.mark.usefixtures("one_by_one")
 def test_of_several_exceptions_the_first_is_raised_and_every_host_has_begun() -> None:
     begun: list[int] = []
 

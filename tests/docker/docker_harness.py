@@ -44,7 +44,7 @@ class DockerHarness(ClusterHarness):
         self.proxy = self._open.enter_context(Proxy(engine.endpoint.host))
         self.spec = f"docker:{self.proxy.host}"
         # Not the directory's name: what one test builds serves the others.
-        self.options = {"grace_seconds": 1.0, "repository": "fray-test/job", **options}
+        self.options = {"grace_seconds": 4.0, "repository": "fray-test/job", **options}
         if "dockerfile" not in options:
             self.options |= {"base_image": base_image, "ca_bundle": "system"}
         self.owner = f"fray-test-{uuid4().hex}"
@@ -74,6 +74,11 @@ class DockerHarness(ClusterHarness):
         """The container that runs a job's command."""
         (found,) = [each for each in self.containers(job_id) if each["Config"]["Labels"]["fray.role"] != "holder"]
         return found
+
+    def exit_code(self, container: dict[str, Any]) -> int:
+        """How a container ends. That a job is over is known a moment before its container is."""
+        code: int = self.engine.api.wait(container["Id"], timeout=self.deadline_seconds)["StatusCode"]
+        return code
 
     def kill_supervision(self, job_id: str) -> None:
         os.kill(self.command_container(job_id)["State"]["Pid"], signal.SIGKILL)

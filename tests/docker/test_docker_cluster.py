@@ -291,7 +291,7 @@ def test_the_engines_own_log_is_readable(harness: DockerHarness) -> None:
 def test_a_container_exits_as_its_command_did(harness: DockerHarness) -> None:
     for command, code in (("exit 3", 3), ("true", 0), ("kill -9 $$", 137)):
         info = harness.run(command, in_image(harness))
-        assert harness.command_container(info.id)["State"]["ExitCode"] == code
+        assert harness.exit_code(harness.command_container(info.id)) == code
 
 
 def test_docker_stop_is_not_frays_stop(harness: DockerHarness) -> None:
@@ -320,11 +320,11 @@ def test_a_holder_ends_with_the_decision_that_it_makes(harness: DockerHarness, t
     job_id = harness.cluster.create_job("echo ready; sleep 600", env)
     harness.until_logged(job_id, b"ready")
     (holder,) = [each for each in harness.containers(job_id) if each["Config"]["Labels"]["fray.role"] == "holder"]
-    assert (holder["State"]["Status"], holder["State"]["ExitCode"]) == ("exited", 0)
+    assert harness.exit_code(holder) == 0
     assert b'{"event":"released"' in harness.engine.api.logs(holder["Id"]).splitlines()[-1]
     failed = harness.run("true", RuntimeEnv(container_image=f"{harness.registry.address}/no/such:image"))
     (holder,) = harness.containers(failed.id)
-    assert holder["State"]["ExitCode"] == 1
+    assert harness.exit_code(holder) == 1
     assert harness.engine.api.logs(holder["Id"]).count(b'"ended"') == 1
 
 
@@ -392,15 +392,16 @@ def test_what_is_made_of_a_jobs_container_is_no_job(harness: DockerHarness) -> N
     finally:
         harness.engine.api.remove_container(container)
         for each in harness.containers(other.id):
-            harness.engine.api.remove_container(each["Id"])
+            harness.engine.api.remove_container(each["Id"], force=True)
         harness.engine.api.remove_image("fray-test-committed:1")
 
 
 def test_a_finished_job_is_not_run_again_by_hand(harness: DockerHarness) -> None:
     info = harness.run("echo ran", in_image(harness))
-    container = harness.command_container(info.id)["Id"]
-    harness.engine.api.start(container)
-    harness.engine.api.wait(container)
+    container = harness.command_container(info.id)
+    assert harness.exit_code(container) == 0
+    harness.engine.api.start(container["Id"])
+    assert harness.exit_code(container) != 0
     assert harness.connect().get_job(info.id) == info
     assert harness.cluster.get_logs(info.id) == "ran\n"
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -81,7 +82,8 @@ def succeeds_saying(cluster: DockerClusterContext, said: str, env: RuntimeEnv) -
 # The engine
 
 
-TICKS = "i=0; while [ $i -lt 60 ]; do echo line $i; sleep 0.05; i=$((i+1)); done"
+# The pause is for whoever ends the engine: what it has read and not written yet as it is killed is lost.
+TICKS = "i=0; while [ $i -lt 60 ]; do echo line $i; sleep 0.05; i=$((i+1)); [ $i -ne 10 ] || sleep 8; done"
 
 
 @pytest.mark.parametrize("way", ["stop", "kill"])
@@ -94,7 +96,7 @@ def test_a_job_and_its_log_go_on_while_the_engine_is_away(
     with DockerClusterContext(own.endpoint.host) as cluster:
         job_id = cluster.create_job(TICKS, RuntimeEnv(container_image=shell_image))
         thread, lines = follow(cluster, job_id)
-        until(lambda: len(lines) > 5, "some lines")
+        until(lambda: len(lines) == 10, "the pause")
         getattr(own, way)()
         own.start()
         info = cluster.wait(job_id, DEADLINE_SECONDS)
@@ -313,7 +315,7 @@ def test_a_job_whose_secrets_got_lost_is_not_accepted(engine: Engine, base_image
             harness.cluster.get_job("lost-handover")
         left = engine.inspect_container("fray.lost-handover")
         if left is not None:
-            engine.api.remove_container(left["Id"])
+            engine.api.remove_container(left["Id"], force=True)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -505,14 +507,31 @@ def test_jobs_that_die_at_once_are_told_right(harness: DockerHarness) -> None:
     ]
 
 
-def test_a_container_removed_behind_ones_back_is_a_lost_job(harness: DockerHarness) -> None:
+def _begins(of: object, name: str, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """An event that is set when a method is called."""
+    method, begun = getattr(of, name), threading.Event()
+
+    def call(*arguments: Any) -> Any:
+        begun.set()
+        return method(*arguments)
+
+    monkeypatch.setattr(of, name, call)
+    return begun
+
+
+def test_a_container_removed_behind_ones_back_is_a_lost_job(
+    harness: DockerHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     env = RuntimeEnv(container_image=harness.base_image)
     job_id = harness.cluster.create_job("echo begun; sleep 600", env)
     harness.until_logged(job_id, b"begun")
     with ThreadPoolExecutor(1) as pool:
+        asked = _begins(harness.cluster._engine, "wait_for_end", monkeypatch)  # type: ignore[attr-defined]
         waiting = pool.submit(harness.cluster.wait, job_id, DEADLINE_SECONDS)
+        assert asked.wait(DEADLINE_SECONDS)
         thread, lines = follow(harness.cluster, job_id)
         until(lambda: lines or not thread.is_alive(), "a line")
+        time.sleep(1)  # the engine has got what it was asked
         harness.engine.api.remove_container(f"fray.{job_id}", force=True)
         info = waiting.result(DEADLINE_SECONDS)
     assert (info.status, info.reason) == (JobStatus.FAILED, TerminationReason.LOST)

@@ -378,7 +378,7 @@ def test_a_build_whose_cached_step_is_removed_meanwhile_is_begun_again(
     (project / "Dockerfile").write_text(f"FROM scratch\nENV OF={uuid.uuid4().hex}\nCOPY big /big\n")
     (project / "big").write_bytes(os.urandom(1 << 20))
     first = make(project, dockerfile="Dockerfile", builder="classic").build()
-    (project / "big").write_bytes(bytes(300 << 20))  # a step that takes a while
+    (project / "big").write_bytes(bytes(600 << 20))  # a step that takes a while
     said: list[bytes] = []
 
     def on_output(output: bytes) -> None:

@@ -244,6 +244,9 @@ def test_a_container_goes_on_while_its_engine_is_away(
     engine.close()
 
 
+TRAPS = "trap 'exit 3' TERM; echo ready; sleep 600 & wait"
+
+
 def test_containers_end_with_an_engine_that_does_not_keep_them(
     private_engine: Callable[..., PrivateEngine], engine: Engine, shell_image: str
 ) -> None:
@@ -251,8 +254,11 @@ def test_containers_end_with_an_engine_that_does_not_keep_them(
         private.start()
         private.load(shell_image, engine)
         client = Engine(private.endpoint)
-        with container(client.api, shell_image, ["sh", "-c", "trap 'exit 3' TERM; sleep 600 & wait"]) as created:
+        with container(client.api, shell_image, ["sh", "-c", TRAPS]) as created:
             client.api.start(created)
+            for line in client.api.logs(created, stream=True, follow=True):
+                assert line == b"ready\n"
+                break
             private.restart()
             assert client.api.inspect_container(created)["State"]["ExitCode"] == 3
         client.close()
@@ -296,7 +302,8 @@ def test_a_private_engine_leaves_the_machine_as_it_was(
             assert name.encode() not in found.read_bytes()
         except (FileNotFoundError, ProcessLookupError):
             continue
-    assert not list(Path("/sys/fs/cgroup").glob(f"**/fray-test-{name}"))
+    cgroups = [folder for _, folders, _ in os.walk("/sys/fs/cgroup") for folder in folders]
+    assert f"fray-test-{name}" not in cgroups
 
 
 def test_a_job_on_its_network_reaches_the_peer(engine: Engine, peer: Peer, shell_image: str) -> None:

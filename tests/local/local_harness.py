@@ -24,7 +24,7 @@ class LocalHarness(ClusterHarness):
         super().__init__()
         self.root = root
         self.spec = f"local:{root}"
-        self.options: dict[str, Any] = {"grace_seconds": 1.0, "cache_dir": str(cache)}
+        self.options: dict[str, Any] = {"grace_seconds": 4.0, "cache_dir": str(cache)}
 
     def job_directory(self, job_id: str) -> Path:
         return self.root / "jobs" / job_id

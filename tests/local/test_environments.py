@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -177,14 +177,15 @@ class TestPreparation:
         command = f"python -c 'import tinypkg{seed}; print(tinypkg{seed}.VERSION)'"
         doomed = harness.cluster.create_job(command, env)
         harness.until(lambda: harness._outcome(doomed).runner, "the preparation to begin")
-        preparer = psutil.Process(harness._outcome(doomed).runner)
+        preparer = harness._outcome(doomed).runner
         steps = moment.randrange(1, 40)
         for _ in range(steps):  # a moment measured in work done, not in seconds
             if harness.cluster.get_job(doomed).start_time:
                 break
-        for process in (preparer, *preparer.children(recursive=True)):
-            if process.is_running():
-                process.send_signal(signal.SIGKILL)
+        with suppress(psutil.NoSuchProcess):
+            for process in (found := psutil.Process(preparer), *found.children(recursive=True)):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
         info = harness.end(doomed)
         assert info.status is JobStatus.SUCCEEDED or info.reason in (
             TerminationReason.LOST,

@@ -141,9 +141,11 @@ class TestDeadSupervisors:
         assert not _is_alive(deaf)
 
     def test_a_killed_guard_costs_nothing(self, harness: LocalHarness) -> None:
-        job_id = harness.cluster.create_job("echo ready; sleep 0.5; exit 3")
+        go = harness.root / "go"
+        job_id = harness.cluster.create_job(f"echo ready; while ! [ -e {go} ]; do sleep 0.05; done; exit 3")
         harness.until_logged(job_id, b"ready")
         os.kill(harness.supervisors(job_id)[1], signal.SIGKILL)
+        go.touch()
         assert harness.end(job_id).exit_code == 3
 
     def test_a_killed_preparation_is_a_lost_job(self, harness: LocalHarness) -> None:
@@ -155,9 +157,9 @@ class TestDeadSupervisors:
         assert (info.status, info.reason, info.start_time) == (JobStatus.FAILED, TerminationReason.LOST, None)
 
     def test_an_end_that_was_recorded_outlives_its_runner(self, harness: LocalHarness) -> None:
-        deaf = "trap '' TERM; echo up; while :; do sleep 0.05; done"
+        deaf = f"trap '' TERM; touch {harness.root}/deaf; while :; do sleep 0.05; done"
         job_id = harness.cluster.create_job(
-            f'sh -c "{deaf}" & while ! [ -s {harness.root}/x ]; do sleep 0.05; echo > {harness.root}/x; done; exit 5'
+            f'sh -c "{deaf}" & while ! [ -e {harness.root}/deaf ]; do sleep 0.05; done; exit 5'
         )
         harness.until(lambda: b'"exited"' in (harness.job_directory(job_id) / "journal").read_bytes(), "the exit")
         os.kill(harness.supervisors(job_id)[0], signal.SIGKILL)
@@ -176,7 +178,7 @@ class TestDeadSupervisors:
         harness.until_logged(job_id, b"ready")
         record = harness.job_directory(job_id) / "record.json"
         record.write_text(json.dumps({**json.loads(record.read_text()), "boot": "another"}))
-        for pid in harness.supervisors(job_id):
+        for pid in harness.supervisors(job_id)[::-1]:  # the guard first, which leaves with its runner
             os.kill(pid, signal.SIGKILL)
         info = harness.end(job_id)
         assert info.reason is TerminationReason.LOST
@@ -191,7 +193,7 @@ class TestDeadSupervisors:
             harness.cluster.delete_job(job_id)
             with pytest.raises(WaitTimeoutError):
                 harness.cluster.wait(job_id, 0.1)
-            for pid in (runner, guard):
+            for pid in (guard, runner):
                 os.kill(pid, signal.SIGKILL)
             assert harness.end(job_id).status.is_terminal, "the lock tells, whoever has the process id now"
             assert bystander.poll() is None, "a process that is not the job's was signalled"
@@ -394,16 +396,16 @@ print(won)
         assert sorted(int(word) for word in (tmp_path / "ran").read_text().split()) == list(range(20))
 
     def test_clients_leave_no_zombies(self, harness: LocalHarness) -> None:
+        before = set(psutil.Process().children())
         for _ in range(10):
             harness.run("true")
         harness.cluster.close()
-        harness.until(
-            lambda: (
-                not [each for each in psutil.Process().children() if each.status() == psutil.STATUS_ZOMBIE]
-                or harness.cluster.close()
-            ),
-            "no zombies",
-        )
+
+        def zombies() -> list[psutil.Process]:
+            new = set(psutil.Process().children()) - before
+            return [each for each in new if each.status() == psutil.STATUS_ZOMBIE]
+
+        harness.until(lambda: not zombies() or harness.cluster.close(), "no zombies")
 
 
 class TestClocks:
@@ -473,7 +475,7 @@ class TestAdmission:
         first = harness.cluster.create_job("echo ready; sleep 600", everything)
         harness.until_logged(first, b"ready")
         second = harness.cluster.create_job("echo ran", everything)
-        for pid in harness.supervisors(first):
+        for pid in harness.supervisors(first)[::-1]:
             os.kill(pid, signal.SIGKILL)
         assert harness.end(second).status is JobStatus.SUCCEEDED
 
@@ -524,7 +526,9 @@ class TestTwoStores:
         assert other.wait("same", 60).exit_code == 9
 
     def test_what_a_command_starts_with_another_output_directory_is_its_own(self, harness: LocalHarness) -> None:
-        command = "FRAY_OUTPUT_DIR=/elsewhere setsid sh -c 'echo $$; sleep 600' & sleep 0.2"
+        up = harness.root / "up"
+        child = f"echo $$; touch {up}; sleep 600"
+        command = f"FRAY_OUTPUT_DIR=/elsewhere setsid sh -c '{child}' & while ! [ -e {up} ]; do sleep 0.05; done"
         info = harness.run(command)
         assert info.status is JobStatus.SUCCEEDED
         assert not _is_alive(int(harness.cluster.get_logs(info.id)))

@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from fray.backend.ray._internals import PlainKv
-from fray.backend.ray._local_ray import free_ports
+from fray.backend.ray._local_ray import HEAD_PORTS, NODE_PORTS, free_ports, port_options, start_on_free_ports
+from fray.errors import PlatformError
 
 START_SECONDS = 120.0
 
@@ -28,32 +29,41 @@ class RayHead:
     def __init__(self, *, ports: list[int] | None = None, token: str | None = None, quick: bool = False) -> None:
         # A short path: Ray's sockets lie below it, and the kernel allows them a hundred characters.
         self.folder = Path(tempfile.mkdtemp(prefix="fr-", dir="/tmp"))
-        self.ports = ports or free_ports(4)
-        port, dashboard_port, agent_port, client_port = self.ports
-        self.address = f"127.0.0.1:{port}"
-        self.dashboard = f"http://127.0.0.1:{dashboard_port}"
+        self._token = token
+        self._quick = quick
+        self._started: list[subprocess.Popen[bytes]] = []
+        self.log = self.folder / "start.log"
+        try:
+            if ports:
+                self._start_head(ports)
+            else:
+                start_on_free_ports(len(HEAD_PORTS), self._start_head)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start_head(self, ports: list[int]) -> None:
+        self.ports = ports
+        self.address = f"127.0.0.1:{ports[0]}"
+        self.dashboard = f"http://127.0.0.1:{ports[1]}"
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
-        command += ["--node-ip-address=127.0.0.1", f"--port={port}", f"--ray-client-server-port={client_port}"]
-        command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"]
-        command += [f"--dashboard-agent-listen-port={agent_port}", f"--temp-dir={self.folder}"]
+        command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", *port_options(HEAD_PORTS, ports)]
+        command += [f"--temp-dir={self.folder}"]
         command += ["--num-cpus=4", '--resources={"gate": 1}']
-        if quick:  # to notice the death of a node
+        if self._quick:  # to notice the death of a node
             command += ['--system-config={"health_check_period_ms": 300, "health_check_failure_threshold": 3}']
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("FRAY_", "RAY_"))}
-        environment |= {"RAY_AUTH_MODE": "token" if token else "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-        if token:
-            environment["RAY_AUTH_TOKEN"] = token
-        self._token = token
+        environment |= {"RAY_AUTH_MODE": "token" if self._token else "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+        if self._token:
+            environment["RAY_AUTH_TOKEN"] = self._token
         environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
         self._environment = environment
-        self.log = self.folder / "start.log"
-        self._started: list[subprocess.Popen[bytes]] = []
         self._process = self._start(command)
         self._known: set[psutil.Process] = set()
         try:
             self._wait_until_ready()
         except BaseException:
-            self.stop()
+            self.kill()
             raise
 
     @property
@@ -74,10 +84,9 @@ class RayHead:
 
     def add_node(self, resources: str) -> psutil.Process:
         """Start another node of the cluster; return the process that all of it descends from."""
-        (agent_port,) = free_ports(1)
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={self.address}", "--block"]
         command += ["--disable-usage-stats", "--node-ip-address=127.0.0.1", "--num-cpus=1", f"--resources={resources}"]
-        command += [f"--dashboard-agent-listen-port={agent_port}", f"--temp-dir={self.folder}"]
+        command += [*port_options(NODE_PORTS, free_ports(len(NODE_PORTS))), f"--temp-dir={self.folder}"]
         node = self._start(command)
         self._known.add(node)
         return node
@@ -118,8 +127,8 @@ class RayHead:
 
         give_up = time.monotonic() + START_SECONDS
         while True:
-            assert self._process.is_running(), self.log.read_text()
-            assert self._process.status() != "zombie", self.log.read_text()
+            if not self._process.is_running() or self._process.status() == "zombie":
+                raise PlatformError(self.log.read_text())
             with suppress(OSError):
                 with closing(PlainKv(self.address, self._token)) as kv:
                     is_up = kv.get(b"dashboard", b"dashboard")

@@ -55,7 +55,7 @@ class RayHarness(ClusterHarness):
         self.head = head
         self.proxy = Proxy(int(head.dashboard.rpartition(":")[2]))
         self.spec = f"ray:http://127.0.0.1:{self.proxy.port}"
-        self.options = {"grace_seconds": 1.0, **options}
+        self.options = {"grace_seconds": 4.0, **options}
 
     @contextmanager
     def hold_pending(self) -> Iterator[RuntimeEnv]:
@@ -95,14 +95,15 @@ class RayHarness(ClusterHarness):
     def observable(self) -> Iterator[tuple[str, bytes]]:
         for question in _QUESTIONS:
             try:
-                with urllib.request.urlopen(self.head.dashboard + question, timeout=30) as answer:
+                with urllib.request.urlopen(self.head.dashboard + question, timeout=120) as answer:
                     yield question, answer.read()
             except urllib.error.HTTPError as error:  # under load some of them fail at times
                 yield question, error.read()
-        for path in self.head.session_dir.rglob("*"):
-            with suppress(OSError):
-                if path.is_file():
-                    yield str(path), path.read_bytes()
+        for folder, _, names in os.walk(self.head.session_dir):
+            for path in (Path(folder, name) for name in names):
+                with suppress(OSError):
+                    if path.is_file():
+                        yield str(path), path.read_bytes()
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 yield f"the arguments of process {process.pid}", "\0".join(process.cmdline()).encode()

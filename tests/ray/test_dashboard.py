@@ -15,7 +15,7 @@ import pytest
 from tests.ray.ray_harness import Head
 from tests.requirements import missing
 
-pytestmark = pytest.mark.xdist_group("ray")
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(900)]
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"
 # The page asks the cluster for what it shows; the browser gives it so long.
@@ -39,7 +39,7 @@ def test_the_example_runs_and_shows_up_in_the_dashboard(ray_head: Head, tmp_path
         "--folds",
         "3",
     ]
-    done = subprocess.run(command, cwd=DIGITS, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=DIGITS, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     assert "3 folds as tasks of RayJobContext" in done.stdout
     assert f"{job_id} SUCCEEDED (exit code 0)" in done.stderr

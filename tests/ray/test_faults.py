@@ -71,6 +71,7 @@ cluster.wait({job_id!r})
     assert harness.cluster.get_logs(job_id) == "ran\n"
 
 
+@pytest.mark.timeout(900)
 def test_fifty_jobs_at_once(harness: RayHarness) -> None:
     clients = [harness.cluster, harness.connect()]
     with ThreadPoolExecutor(10) as pool:
@@ -78,7 +79,7 @@ def test_fifty_jobs_at_once(harness: RayHarness) -> None:
             pool.submit(clients[number % 2].create_job, f"echo {number}; exit {number % 3}") for number in range(50)
         ]
         ids = [call.result() for call in calls]
-    infos = [harness.cluster.wait(job_id, 280) for job_id in ids]
+    infos = [harness.cluster.wait(job_id, 800) for job_id in ids]
     assert [info.exit_code for info in infos] == [number % 3 for number in range(50)]
     assert [harness.cluster.get_logs(job_id) for job_id in ids] == [f"{number}\n" for number in range(50)]
 
@@ -181,14 +182,19 @@ def test_a_submission_whose_answer_is_lost_is_looked_up(harness: RayHarness, mon
 def test_what_rays_monitor_writes_of_a_purged_job_is_no_job(harness: RayHarness) -> None:
     cluster = harness.cluster
     rest = cluster._rest  # type: ignore[attr-defined]
-    job_id = f"ghost-{os.getpid()}"
-    cluster.create_job("true", job_id=job_id)
-    harness.end(job_id)
-    harness.until(lambda: rest.job(job_id).status == "SUCCEEDED", "Ray's own end")
-    rest.delete(job_id)  # as soon as that, while the monitor looks every second
-    try:
-        harness.until(lambda: _has(rest, job_id), "the monitor to write of it")
-    except AssertionError:
+    for number in range(5):
+        job_id = f"ghost-{os.getpid()}-{number}"
+        cluster.create_job("true", job_id=job_id)
+        harness.end(job_id)
+        while rest.job(job_id).status != "SUCCEEDED":
+            pass
+        rest.delete(job_id)  # as soon as that, while the monitor looks every second: it may just have looked
+        give_up = time.monotonic() + 20
+        while not _has(rest, job_id) and time.monotonic() < give_up:
+            time.sleep(0.1)
+        if _has(rest, job_id):
+            break
+    else:
         pytest.fail("this version of Ray leaves deleted jobs alone: what is done about it can go")
     assert job_id not in [info.id for info in cluster.list_jobs()]
     with pytest.raises(JobNotFoundError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ import psutil
 import pytest
 
 import fray
+from fray.backend.ray import _local_ray
 from fray.types import JobStatus
 
 pytestmark = pytest.mark.xdist_group("ray")
@@ -97,3 +99,25 @@ def test_one_that_cannot_start_says_why(folder: Path, monkeypatch: pytest.Monkey
     with pytest.raises(fray.PlatformError, match="does not start"):
         fray.connect("ray")
     assert os.path.exists(folder)
+
+
+@pytest.mark.parametrize("index", range(2), ids=["head", "dashboard"])
+def test_a_port_that_somebody_takes_meanwhile_is_no_hindrance(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, index: int
+) -> None:
+    found = _local_ray.free_ports
+    given: list[list[int]] = []
+
+    def free_ports(count: int) -> list[int]:
+        given.append(found(count))
+        if len(given) == 1:
+            taker.bind(("127.0.0.1", given[0][index]))
+            taker.listen()
+        return given[-1]
+
+    monkeypatch.setattr(_local_ray, "free_ports", free_ports)
+    with socket.socket() as taker, fray.connect("ray") as cluster:
+        assert cluster.wait(cluster.create_job("true"), 90).status is JobStatus.SUCCEEDED
+        assert len(given) == 2
+        assert cluster.spec.endswith(f":{given[1][1]}")
+    until_gone(folder)

@@ -29,7 +29,15 @@ from fray.errors import (
     StockoutError,
     UnsupportedError,
 )
-from tests.ray.tpu_harness import DEADLINE_SECONDS, TYPE, TpuHarness, processes_of_runs, until
+from tests.ray.tpu_harness import (
+    DEADLINE_SECONDS,
+    TYPE,
+    TpuHarness,
+    command_of,
+    is_running,
+    processes_of_runs,
+    until,
+)
 
 pytestmark = [pytest.mark.xdist_group("tpu"), pytest.mark.timeout(600)]
 
@@ -68,11 +76,9 @@ def test_each_host_of_each_slice_gives_its_result_in_order(tpus: TpuHarness, cap
     results = tpus.cluster.run_on_tpu(where, tpus.config())
     assert [each[:-1] for each in results] == [(s, h, 2, 2, 1, h) for s in range(2) for h in range(2)]
     assert len({each[-1] for each in results}) == 4
-    lines = capfd.readouterr().out.splitlines()
+    said = capfd.readouterr().out
     for s, h in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        own = [
-            line.removeprefix(f"[slice {s}, host {h}] ") for line in lines if line.startswith(f"[slice {s}, host {h}]")
-        ]
+        own = re.findall(rf"\[slice {s}, host {h}\] (.*)", said)  # Ray may have words of its own before it
         assert sorted(own) == sorted(["hello", f"from {s} {h}", "no newlineraw"])
 
 
@@ -108,7 +114,7 @@ def test_the_environment_is_set_before_the_function_is_loaded_and_the_users_own_
     assert one[0]["JAX_PLATFORMS"] == "cpu"
 
 
-def test_a_secret_is_in_no_answer_and_no_file_of_rays(tpus: TpuHarness) -> None:
+def test_a_secret_is_in_no_answer_and_no_file_of_rays(tpus: TpuHarness, tmp_path: Path) -> None:
     import ray
     import requests
 
@@ -116,23 +122,28 @@ def test_a_secret_is_in_no_answer_and_no_file_of_rays(tpus: TpuHarness) -> None:
         import os
         import time
 
-        time.sleep(2)
+        begun.touch()
+        while not looked.exists():
+            time.sleep(0.05)
         return os.environ["HIDDEN"][:2]
 
+    begun, looked = tmp_path / "begun", tmp_path / "looked"
     seen: list[str] = []
 
     def look() -> None:
-        until(lambda: len(processes_of_runs()) >= 2, "the processes")
-        for path in ("actors", "tasks", "workers", "runtime_envs", "jobs", "placement_groups"):
-            seen.append(requests.get(f"{tpus.slices.dashboard}/api/v0/{path}?detail=true", timeout=30).text)
-        for pid in processes_of_runs():
-            seen.append(Path(f"/proc/{pid}/cmdline").read_text())
+        try:
+            until(begun.exists, "the function")
+            for path in ("actors", "tasks", "workers", "runtime_envs", "jobs", "placement_groups"):
+                seen.append(requests.get(f"{tpus.slices.dashboard}/api/v0/{path}?detail=true", timeout=120).text)
+            seen.extend(map(command_of, processes_of_runs()))
+        finally:
+            looked.touch()
 
     looking = threading.Thread(target=look)
     looking.start()
     assert tpus.cluster.run_on_tpu(wait, tpus.config(1), RuntimeEnv(secrets={"HIDDEN": "s3cret-77ab"})) == ["s3"] * 2
     looking.join()
-    assert len(seen) > 6
+    assert len(seen) >= 8, "six answers, two processes"
     assert not [text for text in seen if "s3cret-77ab" in text]
     found = subprocess.run(["grep", "-rlaF", "s3cret-77ab", str(tpus.slices.folder)], capture_output=True, text=True)
     assert found.stdout == ""
@@ -223,7 +234,7 @@ def test_a_function_that_hangs_is_ended(tpus: TpuHarness) -> None:
         time.sleep(600)
 
     with pytest.raises(HostFailedError, match=r"hangs.*since step 7"):
-        tpus.cluster.run_on_tpu(hangs, tpus.config(1, stall_seconds=2.0))
+        tpus.cluster.run_on_tpu(hangs, tpus.config(1, stall_seconds=10.0))  # first it is loaded
 
 
 def test_a_failure_that_repeats_at_one_step_is_not_tried_for_ever(tpus: TpuHarness) -> None:
@@ -360,9 +371,9 @@ def test_a_host_whose_process_goes_before_its_node_is_lost(tpus: TpuHarness, tmp
 
     def preempt() -> None:
         until(lambda: begun.exists() and begun.read_text(), "the first attempt")
-        there = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in _marked({tpus.slices.hosts[0][1].mark})}
-        (raylet,) = [pid for pid, line in there.items() if line.split(b"\0")[0].endswith(b"/raylet")]
-        (keeper,) = [pid for pid, line in there.items() if b"_tpu_keeper" in line]
+        there = {pid: command_of(pid) for pid in _marked({tpus.slices.hosts[0][1].mark})}
+        (raylet,) = [pid for pid, line in there.items() if line.split(" ")[0].endswith("/raylet")]
+        (keeper,) = [pid for pid, line in there.items() if "_tpu_keeper" in line]
         os.kill(raylet, signal.SIGSTOP)  # it cannot tell of what happens now
         os.kill(int(begun.read_text()), signal.SIGKILL)
         until(lambda: not Path(f"/proc/{keeper}").exists(), "the keeper to say that nothing is left")
@@ -419,6 +430,7 @@ def test_a_slice_that_is_not_whole_is_not_taken(tpus: TpuHarness) -> None:
         return os.environ["TPU_NAME"]
 
     assert tpus.cluster.run_on_tpu(slice_name, tpus.config(1)) == ["simulated-1"] * 2
+    until(lambda: not tpus.left_behind(), "Ray to notice that the slice is free")
     with pytest.raises(StockoutError, match=r"1/2 slices.*simulated-0 has 1 of its 2 hosts"):
         tpus.cluster.run_on_tpu(slice_name, tpus.config(2, wait_seconds=0.5))
 
@@ -465,7 +477,7 @@ def test_what_the_function_started_ends_with_it(tpus: TpuHarness) -> None:
         return [started.pid, forked]
 
     results = tpus.cluster.run_on_tpu(leaves, tpus.config(1))
-    assert not [pid for pids in results for pid in pids if os.path.exists(f"/proc/{pid}")]
+    assert not [pid for pids in results for pid in pids if is_running(pid)]
 
 
 def test_a_host_whose_chips_are_held_is_set_aside(tpus: TpuHarness) -> None:
@@ -516,8 +528,12 @@ def test_a_caller_that_is_killed_leaves_nothing(tpus: TpuHarness, number: signal
     caller = subprocess.Popen([sys.executable, "-c", _CALLER, tpus.slices.address], stdout=subprocess.PIPE, text=True)
     assert caller.stdout is not None
     try:
-        inside = {line for line in (caller.stdout.readline() for _ in range(4)) if line}
-        assert inside == {f"[slice {s}, host {h}] inside\n" for s in range(2) for h in range(2)}
+        wanted = {f"[slice {s}, host {h}] inside" for s in range(2) for h in range(2)}
+        for line in caller.stdout:  # Ray's own words among it
+            wanted = {each for each in wanted if each not in line}
+            if not wanted:
+                break
+        assert not wanted, "it ended"
         assert len(processes_of_runs()) >= 8
         caller.send_signal(number)
         rest = caller.stdout.read()
@@ -574,7 +590,7 @@ def test_training_goes_on_from_its_checkpoint_after_a_slice_was_lost(tpus: TpuHa
     def run(ctx: Any, checkpoints: str = str(tmp_path)) -> Any:
         from train import train  # type: ignore[import-not-found]
 
-        return train(ctx, checkpoints, seconds_per_epoch=0.02)
+        return train(ctx, checkpoints, seconds_per_epoch=0.1)
 
     def preempt() -> None:
         until((tmp_path / "epoch-00010.npz").exists, "epoch 10")

@@ -66,7 +66,7 @@ class TpuHarness:
 
         of_cluster = set(self.slices.processes())
         found = [f"process {pid}: {_describe(pid)}" for pid in processes_of_runs() if pid in of_cluster]
-        found += [f"keeper {pid}: {_describe(pid)}" for pid in of_cluster if "_tpu_keeper" in _command(pid)]
+        found += [f"keeper {pid}: {_describe(pid)}" for pid in of_cluster if "_tpu_keeper" in command_of(pid)]
         actors = list_actors(
             self.slices.dashboard, filters=[("class_name", "=", "HostProcess"), ("state", "!=", "DEAD")], limit=10_000
         )
@@ -96,7 +96,8 @@ def _is_held(lockfile: Path) -> bool:
     return False
 
 
-def _command(pid: int) -> str:
+def command_of(pid: int) -> str:
+    """What a process was started with; empty where it has ended."""
     with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     return ""
@@ -104,11 +105,18 @@ def _command(pid: int) -> str:
 
 def _describe(pid: int) -> str:
     try:
-        command = _command(pid)
+        command = command_of(pid)
         names = [each for each in Path(f"/proc/{pid}/environ").read_text().split("\0") if each.startswith("FRAY_")]
     except OSError:
         return "ended"
     return f"{command[:200]} {names}"
+
+
+def is_running(pid: int) -> bool:
+    """Say whether a process has not ended, whether or not anybody has taken note of it yet."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
 
 
 def processes_of_runs() -> list[int]:
@@ -116,11 +124,8 @@ def processes_of_runs() -> list[int]:
     found = []
     for entry in os.listdir("/proc"):
         if entry.isdecimal():
-            try:
+            with suppress(OSError):
                 environment = Path("/proc", entry, "environ").read_bytes()
-                state = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()[0]
-            except OSError:
-                continue
-            if f"\0{MARK}=".encode() in b"\0" + environment and state not in "ZX":
-                found.append(int(entry))
+                if f"\0{MARK}=".encode() in b"\0" + environment and is_running(int(entry)):
+                    found.append(int(entry))
     return found

@@ -58,6 +58,7 @@ class Server:
             )
             if self._listens():
                 return
+            self.close()
             assert attempt < 19, "sshd does not start"
 
     @property

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,7 @@ def test_others_slices_are_shown_on_request_and_not_deleted(fray: TpuCommand, cl
 
 
 def test_on_a_terminal_a_spinner_says_what_is_waited_for(fray: TpuCommand, cloud: FakeCloud) -> None:
+    cloud.offer(Supply(**{**QUICK, "queue_seconds": 3}))
     code, screen = fray.on_terminal("tpu", "up", "v5litepod-4", "--name", "train", "--fake")
     assert code == 0, screen
     assert "waiting for" in screen
@@ -494,4 +496,7 @@ def test_the_stand_in_is_started_once_and_its_hosts_run_their_scripts(fray: TpuC
         assert fray.tpu("down", "train", "--fake", env=own).returncode == 0
         assert json.loads((directory / "server.json").read_text()) == first
     finally:
-        os.kill(int(json.loads((directory / "server.json").read_text())["pid"]), signal.SIGTERM)
+        pid = int(json.loads((directory / "server.json").read_text())["pid"])
+        os.kill(pid, signal.SIGTERM)
+        with suppress(ChildProcessError):  # where it was started in this process
+            os.waitpid(pid, 0)

@@ -73,7 +73,7 @@ def test_a_host_runs_its_script_and_ends_with_all_that_it_started(cloud: FakeClo
             until(lambda machine=machine: "done" in machine.log, "the script's output")
             assert machine.log.startswith(f"hello from {machine.services.address}")
         marks = [f"FRAY_TPU_STAND_IN_HOST={machine.mark}".encode() for machine in machines.of("train")]
-        assert all(len(_marked(mark)) >= 3 for mark in marks)
+        until(lambda: all(len(_marked(mark)) >= 3 for mark in marks), "the script, and what it starts")
     assert machines.wait_for("train", 0)
     assert [pid for mark in marks for pid in _marked(mark)] == []
 

@@ -12,6 +12,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory, key: Path) -> Iterator[lis
 
 @pytest.fixture
 def options(tmp_path: Path, key: Path) -> SshOptions:
-    return SshOptions(identity_file=key, known_hosts=tmp_path / "known hosts", grace_seconds=2)
+    return SshOptions(identity_file=key, known_hosts=tmp_path / "known hosts", grace_seconds=1)
 
 
 @pytest.fixture
@@ -218,6 +219,7 @@ def test_a_lost_connection_is_a_failure_and_the_command_is_stopped(
 ) -> None:
     server = Server(tmp_path / "sshd", key)
     ended = fifo(tmp_path / "ended")
+    options = replace(options, grace_seconds=60)  # it ends when it is listened to
     try:
         output = Output()
         cutter = output.when(lambda line: line.content == b"runs", server.end_sessions)

@@ -8,11 +8,9 @@ import os
 import re
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
-import tempfile
 import textwrap
 import threading
 import time
@@ -25,11 +23,13 @@ from typing import Any
 
 import pytest
 
+from fray.backend.ray._local_ray import NODE_PORTS, free_ports, port_options
 from fray.backend.tpu import _agent, _startup
 from fray.backend.tpu._host_services import HostServices
 from fray.backend.tpu._labels import LEASE_UNTIL, lease_value, parse_lease
 from fray.backend.tpu._startup import RayJoin, startup_script
 from fray.errors import InvalidTypeError, InvalidValueError
+from tests.ray.conftest import RayHead
 from tests.requirements import missing
 from tools import docker_base_image
 
@@ -462,7 +462,7 @@ def test_a_slice_whose_time_is_over_deletes_its_whole_group(
     assert services.wait_for("DELETE", NODE), "what may be left of it"
     services.denied.clear()
     with services._changed:
-        assert services._changed.wait_for(lambda: nodes.deleted[:1] == [QUEUED], DEADLINE_SECONDS)
+        assert services._changed.wait_for(lambda: QUEUED in nodes.deleted, DEADLINE_SECONDS)
     assert ("DELETE", f"/v2/{QUEUED}?force=true") in services.requests
     assert "tpu.queuedResources.delete and tpu.nodes.delete" in process.log.read_text()
 
@@ -521,7 +521,7 @@ def test_a_slice_without_its_queued_resource_is_deleted_by_its_own_name(
     services = serve(backend=nodes)
     host(services, startup_script("v5litepod-16", time_to_live_seconds=3600)).start()
     assert services.wait_for("DELETE", NODE)
-    assert nodes.deleted == [NODE]
+    assert set(nodes.deleted) == {NODE}
 
 
 # In a Debian root: everything but the TPU
@@ -651,43 +651,42 @@ except ray.exceptions.RayError as error:
 """
 
 
+@pytest.fixture
+def head() -> Iterator[RayHead]:
+    head = RayHead()
+    yield head
+    head.stop()
+
+
 @pytest.mark.xdist_group("ray")
 def test_a_host_joins_ray_as_run_on_tpu_wants_it_and_leaves_when_it_is_preempted(
-    nodes: MemoryNodes, serve: Callable[..., HostServices], tmp_path: Path
+    nodes: MemoryNodes, serve: Callable[..., HostServices], head: RayHead, tmp_path: Path
 ) -> None:
     ray = Path(sys.executable).with_name("ray")
     gate, events = tmp_path / "gate", tmp_path / "events"
     os.mkfifo(gate)
     os.mkfifo(events)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "TPU_", "FRAY_"))},
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "disabled",
     }
-    temporary = tempfile.mkdtemp(prefix="fray-ray-", dir="/tmp")  # Ray's sockets need a short path
-    head_command = ["start", "--head", f"--port={address.rpartition(':')[2]}"]
-    head_command += ["--num-cpus=1", "--include-dashboard=false", f"--temp-dir={temporary}", "--block"]
+    ports = port_options(NODE_PORTS, free_ports(len(NODE_PORTS)))
     services = serve()
     before = nodes.lease
     script = tmp_path / "startup-script"
-    script.write_text(startup_script("v5litepod-16", RayJoin(address, "2.60.0", "3.11"), lease_seconds=16))
+    script.write_text(startup_script("v5litepod-16", RayJoin(head.address, "2.60.0", "3.11"), lease_seconds=16))
     script.chmod(0o755)
     joining = {
         **environment,
         **services.environment(),
         "FRAY_TPU_DIRECTORY": str(tmp_path / "opt-fray"),
         "FRAY_RAY": str(ray),
-        "FRAY_RAY_OPTIONS": "--num-cpus=1",
+        "FRAY_RAY_OPTIONS": " ".join(["--num-cpus=1", "--node-ip-address=127.0.0.1", *ports]),
         "FRAY_TPU_CHIPS": "4",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",
     }
-    driving = {**environment, "ADDRESS": address, "EVENTS": str(events), "GATE": str(gate)}
-    head = subprocess.Popen(
-        [str(ray), *head_command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    driving = {**environment, "ADDRESS": head.address, "EVENTS": str(events), "GATE": str(gate)}
     with (tmp_path / "log").open("wb") as log:
         host = subprocess.Popen([str(script)], env=joining, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     driver = subprocess.Popen([sys.executable, "-c", RAY_PROGRAM], env=driving, stdout=subprocess.PIPE, text=True)
@@ -714,7 +713,7 @@ def test_a_host_joins_ray_as_run_on_tpu_wants_it_and_leaves_when_it_is_preempted
         assert driver.stdout.readline().strip() in ("NodeDiedError", "WorkerCrashedError", "NodePreemptedError")
         assert "leaving: worker 0 of train-0 is being preempted" in (tmp_path / "log").read_text()
     finally:
-        for process in (driver, host, head):
+        for process in (driver, host):
             process.terminate()
             try:
                 process.wait(DEADLINE_SECONDS)
@@ -723,7 +722,6 @@ def test_a_host_joins_ray_as_run_on_tpu_wants_it_and_leaves_when_it_is_preempted
                 process.wait()
         assert driver.stdout is not None
         driver.stdout.close()
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def test_the_package_has_what_the_script_is_made_of() -> None:

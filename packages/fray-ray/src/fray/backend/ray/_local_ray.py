@@ -5,6 +5,7 @@ It runs under Fray's runner, on a leash: however this process ends, none of Ray'
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -14,22 +15,40 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from fray.backend.ray._addresses import local_address
 from fray.backend.ray._internals import PlainKv
 from fray.errors import PlatformError
 from fray.supervision import RunnerEvent, parse_events, runner_arguments, runner_source
 
-__all__ = ["LocalRay", "free_ports"]
+__all__ = ["HEAD_PORTS", "NODE_PORTS", "LocalRay", "free_ports", "port_options", "start_on_free_ports"]
+
+# All that its agents listen at: a raylet that is not told ends when they have not said so within 15 s (Ray 2.60,
+# hard-coded), which on a busy machine is too short.
+NODE_PORTS = (
+    "dashboard-agent-listen-port",
+    "dashboard-agent-grpc-port",
+    "runtime-env-agent-port",
+    "metrics-export-port",
+)
+HEAD_PORTS = ("port", "dashboard-port", "ray-client-server-port", *NODE_PORTS)
 
 _START_SECONDS = 120.0
 _GRACE_SECONDS = 8.0
 # Ray refuses ports from 10002 to 19999 (its workers'), the kernel hands out those above.
-_PORTS = range(20000, 32000)
+_PORTS = range(20_000, 32_000)
+# In turn, so that nobody is given what another was, who may not have taken it yet.
+_choices = itertools.cycle(random.sample(_PORTS, len(_PORTS)))
+_STARTS = 3
+
+_Started = TypeVar("_Started")
 
 _lock = threading.Lock()
+_choosing = threading.Lock()
 _running: LocalRay | None = None
 
 
@@ -59,7 +78,7 @@ class LocalRay:
                 return cls(_running.address, _running.dashboard, None)
             if (address := local_address()) and (dashboard := _dashboard_at(address)):
                 return cls(address, dashboard, None)
-            process = _Process()
+            process = start_on_free_ports(len(HEAD_PORTS), _Process)
             _running = cls(process.address, process.dashboard, process)
             return _running
 
@@ -81,17 +100,15 @@ class LocalRay:
 class _Process:
     """`ray start --head` under the runner."""
 
-    def __init__(self) -> None:
-        port, dashboard_port, agent_port, client_port = free_ports(4)
-        self.address = f"127.0.0.1:{port}"
-        self.dashboard = f"http://127.0.0.1:{dashboard_port}"
+    def __init__(self, ports: Sequence[int]) -> None:
+        self.address = f"127.0.0.1:{ports[0]}"
+        self.dashboard = f"http://127.0.0.1:{ports[1]}"
         self._folder = Path(tempfile.mkdtemp(prefix="fray-ray-"))
         self._journal = self._folder / "journal"
         command = (
             f"exec {sys.executable} -m ray.scripts.scripts start --head --block --disable-usage-stats "
-            f"--node-ip-address=127.0.0.1 --port={port} --ray-client-server-port={client_port} "
-            f"--include-dashboard=true --dashboard-host=127.0.0.1 --dashboard-port={dashboard_port} "
-            f"--dashboard-agent-listen-port={agent_port}"
+            f"--node-ip-address=127.0.0.1 --include-dashboard=true --dashboard-host=127.0.0.1 "
+            f"{' '.join(port_options(HEAD_PORTS, ports))}"
         )
         leash, self._leash_end = os.pipe()
         os.set_inheritable(leash, True)
@@ -178,11 +195,40 @@ def _dashboard_at(address: str) -> str | None:
 
 def free_ports(count: int) -> list[int]:
     """Return ports of this machine that a Ray may be given."""
-    found: set[int] = set()
+    found: list[int] = []
     while len(found) < count:
-        if _is_free(port := random.choice(_PORTS)):
-            found.add(port)
-    return list(found)
+        with _choosing:
+            port = next(_choices)
+        if _is_free(port):
+            found.append(port)
+    return found
+
+
+def port_options(names: Sequence[str], ports: Sequence[int]) -> list[str]:
+    """Return the options by which `ray start` is given ports."""
+    return [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]
+
+
+def start_on_free_ports(count: int, start: Callable[[list[int]], _Started]) -> _Started:
+    """Start a Ray on free ports, and again on others where somebody took one before Ray did.
+
+    That is known of the ports without which Ray does not start, its agents' not among them.
+
+    Args:
+        count: How many ports it takes.
+        start: Starts it. Where it raises, nothing of what it started is left.
+
+    Raises:
+        PlatformError: It does not start.
+    """
+    for _ in range(_STARTS - 1):
+        ports = free_ports(count)
+        try:
+            return start(ports)
+        except PlatformError:
+            if all(map(_is_free, ports)):
+                raise
+    return start(free_ports(count))
 
 
 def _is_free(port: int) -> bool:

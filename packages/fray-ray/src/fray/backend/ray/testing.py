@@ -27,6 +27,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from fray.backend.ray._internals import PlainKv
-from fray.backend.ray._local_ray import free_ports
+from fray.backend.ray._local_ray import HEAD_PORTS, NODE_PORTS, free_ports, port_options, start_on_free_ports
 from fray.backend.ray._tpu_host import LOCKFILE_VARIABLE
 from fray.errors import ConnectionFailedError, InvalidValueError, PlatformError
 from fray.tpu import TpuType
@@ -116,19 +117,10 @@ class SimulatedSlices:
         self.hosts: list[list[SimulatedHost]] = []
         # A short path: Ray's sockets lie below it, and the kernel allows them a hundred characters.
         self.folder = Path(tempfile.mkdtemp(prefix="frs-", dir="/tmp"))
-        port, dashboard_port, agent_port, client_port = free_ports(4)
-        self.address = f"127.0.0.1:{port}"
-        self.dashboard = f"http://127.0.0.1:{dashboard_port}"
         self._log = self.folder / "start.log"
-        self._head = self._start(
-            {},
-            ["--head", f"--port={port}", f"--ray-client-server-port={client_port}", f"--num-cpus={head_cpus}"],
-            [f"--dashboard-port={dashboard_port}", "--dashboard-host=127.0.0.1"],
-            [f"--dashboard-agent-listen-port={agent_port}", f"--system-config={json.dumps(_SYSTEM_CONFIG)}"],
-            [f"--temp-dir={self.folder}"],
-        )
+        self._head: subprocess.Popen[bytes] | None = None
         try:
-            self._until(self._is_head_up, "the head of the simulated cluster")
+            start_on_free_ports(len(HEAD_PORTS), lambda ports: self._start_head(ports, head_cpus))
             for _ in range(num_slices):
                 self._new_slice(self._default)
             self._start_hosts([host for hosts in self.hosts for host in hosts])
@@ -176,8 +168,24 @@ class SimulatedSlices:
         """End the cluster and all its processes, and remove its files."""
         with self._lock:
             self._kill([host.mark for hosts in self.hosts for host in hosts] + [str(self.folder)])
-            self._head.wait(30)
+            if self._head is not None:
+                self._head.wait(30)
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _start_head(self, ports: Sequence[int], cpus: int) -> None:
+        self.address = f"127.0.0.1:{ports[0]}"
+        self.dashboard = f"http://127.0.0.1:{ports[1]}"
+        head = self._head = self._start(
+            {},
+            ["--head", f"--num-cpus={cpus}", "--dashboard-host=127.0.0.1", *port_options(HEAD_PORTS, ports)],
+            [f"--system-config={json.dumps(_SYSTEM_CONFIG)}", f"--temp-dir={self.folder}"],
+        )
+        try:
+            self._until(lambda: self._is_head_up(head), "the head of the simulated cluster")
+        except BaseException:
+            self._kill([str(self.folder)])
+            head.wait(30)
+            raise
 
     def _new_slice(self, kind: TpuType) -> int:
         index = len(self.hosts)
@@ -237,13 +245,12 @@ class SimulatedSlices:
             "TPU_TOPOLOGY": _topology(kind),
             LOCKFILE_VARIABLE: str(host.folder / "libtpu_lockfile"),
         }
-        (agent_port,) = free_ports(1)
         host._process = self._start(
             environment,
             [f"--address={self.address}", f"--num-cpus={self._cpus_per_host}"],
             [f"--resources={json.dumps({'TPU': kind.chips_per_host})}"],
             # A folder each: in one, hosts that start side by side may choose the same names for their sockets.
-            [f"--dashboard-agent-listen-port={agent_port}", f"--temp-dir={host.folder}"],
+            [f"--temp-dir={host.folder}", *port_options(NODE_PORTS, free_ports(len(NODE_PORTS)))],
             log=host.log,
         )
         host.is_up = True
@@ -265,8 +272,8 @@ class SimulatedSlices:
                 start_new_session=True,
             )
 
-    def _is_head_up(self) -> bool:
-        if self._head.poll() is not None:
+    def _is_head_up(self, head: subprocess.Popen[bytes]) -> bool:
+        if head.poll() is not None:
             raise PlatformError(f"Ray does not start: {_end_of(self._log)}")
         with suppress(OSError), closing(PlainKv(self.address)) as kv:
             return kv.get(b"dashboard", b"dashboard") is not None

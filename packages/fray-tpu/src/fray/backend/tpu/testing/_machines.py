@@ -6,6 +6,7 @@ is known by a variable in its environment, so that the end of the host is the en
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 import random
@@ -18,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,9 @@ _AGENT_PORTS = (
 )
 # Above those of Ray's workers, and below those that Linux gives to whoever asks for any.
 _PORTS = range(20_000, 32_000)
+# In turn, so that no two hosts are given the same, of which the first may not have taken its own yet.
+_choices = itertools.cycle(random.sample(_PORTS, len(_PORTS)))
+_choosing = threading.Lock()
 _READY, _PREEMPTED = tpu_v2.Node.State.READY, tpu_v2.Node.State.PREEMPTED
 
 
@@ -289,14 +293,11 @@ def _ray_options(machine: Machine) -> str:
 def _free_ports(count: int) -> list[int]:
     """Return ports that nobody has, and nobody is given by asking for any: a node that starts again has the same."""
     ports: list[int] = []
-    with ExitStack() as stack:
-        for port in random.sample(_PORTS, len(_PORTS)):
-            probe = stack.enter_context(socket.socket())
-            with suppress(OSError):
-                probe.bind(("", port))
-                ports.append(port)
-            if len(ports) == count:
-                break
+    while len(ports) < count:
+        with _choosing, socket.socket() as probe, suppress(OSError):
+            port = next(_choices)
+            probe.bind(("", port))
+            ports.append(port)
     return ports
 
 
