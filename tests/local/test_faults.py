@@ -174,8 +174,8 @@ class TestDeadSupervisors:
         assert harness.end(job_id).status is JobStatus.STOPPED
 
     def test_a_restarted_machine_loses_its_jobs(self, harness: LocalHarness) -> None:
-        job_id = harness.cluster.create_job("echo ready; sleep 600")
-        harness.until_logged(job_id, b"ready")
+        job_id = harness.cluster.create_job("echo $$; exec sleep 600")
+        harness.until_logged(job_id, b"\n")
         record = harness.job_directory(job_id) / "record.json"
         record.write_text(json.dumps({**json.loads(record.read_text()), "boot": "another"}))
         for pid in harness.supervisors(job_id)[::-1]:  # the guard first, which leaves with its runner
@@ -183,6 +183,7 @@ class TestDeadSupervisors:
         info = harness.end(job_id)
         assert info.reason is TerminationReason.LOST
         assert "restarted" in info.message
+        os.kill(int(harness.cluster.get_logs(job_id)), signal.SIGKILL)  # what a restart does
 
     def test_a_recycled_process_id_is_nobodys_runner(self, harness: LocalHarness) -> None:
         job_id = harness.cluster.create_job("echo ready; sleep 600")
