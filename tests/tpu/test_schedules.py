@@ -300,7 +300,7 @@ MISTAKES: dict[str, tuple[Any, str, Any, int]] = {
     "its own slices are taken for another's": (Remover, "_delete_what_is_left", _ignore_labels, 40),
     "leases never end": (TpuProvisioner, "_expired", lambda self, group: "", 40),
     "everything is the caller's": (TpuProvisioner, "_is_mine", lambda self, group: True, 40),
-    "choices that lost stay": (Pursuit, "_drop", _drop_and_forget, 200),
+    "choices that lost stay": (Pursuit, "_drop", _drop_and_forget, 400),
     "not found is gone, at once": (_removal, "SETTLE_SECONDS", 0, 300),
 }
 
