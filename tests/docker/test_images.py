@@ -357,6 +357,16 @@ def test_credentials_of_an_index_reach_a_build_without_staying(
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
+@pytest.mark.parametrize("said", ["invalid peer certificate: UnknownIssuer", "[SSL: CERTIFICATE_VERIFY_FAILED]"])
+def test_a_certificate_that_is_not_trusted_leads_to_the_option(
+    make: Make, base_image: str, project: Path, builder: str, said: str
+) -> None:
+    (project / "Dockerfile").write_text(f"FROM {base_image}\nRUN echo '{said}'; exit 1\n")
+    with pytest.raises(ImageBuildError, match="the option ca_bundle"):
+        make(project, dockerfile="Dockerfile", builder=builder).build()
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
 def test_a_failing_step_is_named_with_its_last_lines(
     make: Make, engine: Engine, base_image: str, project: Path, builder: str
 ) -> None:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import IO
 
 from fray.backend.docker._engine import REMEDY, Engine
-from fray.backend.docker._request import BuildRequest
+from fray.backend.docker._request import SHOWN_LINES, BuildRequest
 from fray.errors import ConnectionFailedError, ImageBuildError
 
 __all__ = ["BuildKitCommand", "build_by_buildkit", "find_cli"]
 
-_SHOWN_LINES = 20
 # From 23.0 on DOCKER_BUILDKIT=1 needs the buildx plugin; before, the command has a client of its own.
 _FIRST_WITHOUT_OWN_CLIENT = 23
 _FIRST_API_WITH_BUILDKIT = (1, 39)
@@ -157,7 +156,7 @@ def build_by_buildkit(
         said = "\n".join(progress.last)
         if "Cannot connect to the Docker daemon" in said or "error during connect" in said:
             raise ConnectionFailedError(f"the docker engine at {engine.endpoint.host}: {said}; {REMEDY}")
-        raise ImageBuildError(progress.failure(request.tag, code))
+        raise ImageBuildError(request.failure(*progress.failure(code)))
 
 
 def _arguments(request: BuildRequest, command: BuildKitCommand) -> list[str]:
@@ -252,7 +251,7 @@ class _Progress:
         self._outputs: dict[str, deque[str]] = {}
         self._failed: str | None = None
         self._last_said = ""
-        self.last: deque[str] = deque(maxlen=_SHOWN_LINES)
+        self.last: deque[str] = deque(maxlen=SHOWN_LINES)
 
     def add(self, raw: bytes) -> None:
         self._on_output(raw)
@@ -266,7 +265,7 @@ class _Progress:
         number, text = match.groups()
         if number not in self._names:
             self._names[number] = text
-            self._outputs[number] = deque(maxlen=_SHOWN_LINES)
+            self._outputs[number] = deque(maxlen=SHOWN_LINES)
             if step := re.match(r"\[(?:[^\]]* )?(\d+)/(\d+)\]", text):
                 self._say(f"building image, step {step[1]}/{step[2]}")
         elif text.startswith("ERROR"):
@@ -275,13 +274,11 @@ class _Progress:
         elif output := re.match(r"\d+\.\d+ (.*)", text):
             self._outputs[number].append(output[1])
 
-    def failure(self, tag: str, code: int) -> str:
+    def failure(self, code: int) -> tuple[str, Iterable[str]]:
+        """Return what failed, and its last lines."""
         if self._failed is None:
-            said = "\n".join(self.last)
-            return f"the image {tag} could not be built: docker build exited with {code}; its last lines:\n{said}"
-        output = "\n".join(self._outputs[self._failed])
-        step = self._names[self._failed]
-        return f"the image {tag} could not be built: the step `{step}` failed; its last lines:\n{output}"
+            return f"docker build exited with {code}", self.last
+        return f"the step `{self._names[self._failed]}` failed", self._outputs[self._failed]
 
     def _say(self, what: str) -> None:
         if what != self._last_said:

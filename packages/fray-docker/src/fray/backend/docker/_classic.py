@@ -12,12 +12,11 @@ from typing import Any
 
 from docker.errors import APIError
 from fray.backend.docker._engine import Engine
-from fray.backend.docker._request import BuildRequest
+from fray.backend.docker._request import SHOWN_LINES, BuildRequest
 from fray.errors import ImageBuildError
 
 __all__ = ["CacheVanishedError", "build_classic"]
 
-_SHOWN_LINES = 20
 _VANISHED = "unknown parent image ID"
 _WATCH_SECONDS = 0.05
 _REMOVAL_SECONDS = 20
@@ -41,7 +40,7 @@ def build_classic(
         CacheVanishedError: It may be begun again.
         ImageBuildError: A step failed, or the build was cancelled.
     """
-    tail: deque[str] = deque(maxlen=_SHOWN_LINES)
+    tail: deque[str] = deque(maxlen=SHOWN_LINES)
     step = layer = ""
     # A client of its own: to end the build, its connection is cut.
     with tempfile.TemporaryFile() as archive, _own_client(engine) as own, _Connection(own, cancel) as connection:
@@ -74,7 +73,8 @@ def build_classic(
                         layer = match[1]
                     if "error" in event:
                         kind = CacheVanishedError if _VANISHED in text else ImageBuildError
-                        raise kind(_failure(request, step, tail))
+                        where = f"the step `{step}` failed" if step else "it did not begin"
+                        raise kind(request.failure(where, tail))
         except Exception as error:
             if not connection.is_cut:
                 raise
@@ -151,8 +151,3 @@ def _text(event: dict[str, Any]) -> str:
     if "status" in event and "progress" not in event:
         return f"{event['status']}\n"
     return ""
-
-
-def _failure(request: BuildRequest, step: str, tail: deque[str]) -> str:
-    where = f"the step `{step}` failed" if step else "it did not begin"
-    return f"the image {request.tag} could not be built: {where}; its last lines:\n" + "\n".join(tail)

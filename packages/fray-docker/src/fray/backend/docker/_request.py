@@ -1,13 +1,24 @@
-"""What either builder is given."""
+"""What either builder is given, and what is said where it fails."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from fray.backend.docker._context import Context
 
-__all__ = ["BuildRequest"]
+__all__ = ["SHOWN_LINES", "BuildRequest"]
+
+SHOWN_LINES = 20
+"""How many of the last lines of a failing step its error shows."""
+
+# As OpenSSL, Rust's webpki, Go and curl say it.
+_UNTRUSTED = re.compile(
+    r"CERTIFICATE_VERIFY_FAILED|UnknownIssuer|signed by unknown authority|self[- ]signed certificate|"
+    r"unable to get local issuer certificate",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -35,3 +46,19 @@ class BuildRequest:
     labels: Mapping[str, str] = field(default_factory=dict)
     platform: str | None = None
     secrets: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+
+    def failure(self, where: str, said: Iterable[str]) -> str:
+        """Return the message of the error.
+
+        Args:
+            where: What failed.
+            said: Its last lines.
+        """
+        lines = "\n".join(said)
+        message = f"the image {self.tag} could not be built: {where}; its last lines:\n{lines}"
+        if _UNTRUSTED.search(lines):
+            message += (
+                "\nThe image does not trust that certificate. If it is your proxy's, the image needs it: by the option "
+                "ca_bundle ('system' is what this machine trusts), or by a step of your own Dockerfile"
+            )
+        return message
