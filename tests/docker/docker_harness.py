@@ -93,7 +93,9 @@ class DockerHarness(ClusterHarness):
         }.items():
             yield name, json.dumps(answer).encode()
         for container in api.containers(all=True, filters={"label": "fray.job"}):
-            inspected = api.inspect_container(container["Id"])
+            inspected = self.engine.inspect_container(container["Id"])
+            if inspected is None:  # another's, gone by now
+                continue
             yield f"inspect {container['Names']}", json.dumps(inspected).encode()
             yield f"logs {container['Names']}", api.logs(container["Id"])
             for change in api.diff(container["Id"]) or ():

@@ -16,7 +16,9 @@ import pytest
 from docker.errors import NotFound
 
 from fray.backend.docker import _buildkit
+from fray.backend.docker._context import Context
 from fray.backend.docker._engine import Engine
+from fray.backend.docker._request import BuildRequest
 from fray.backend.docker.images import FrozenBuild, ImageBuilder, ImageRef, build_frozen, index_settings
 from fray.errors import (
     AuthenticationError,
@@ -366,6 +368,13 @@ def test_a_certificate_that_is_not_trusted_leads_to_the_option(
         make(project, dockerfile="Dockerfile", builder=builder).build()
 
 
+def test_a_certificate_that_the_engine_does_not_trust_is_not_the_images_affair() -> None:
+    request = BuildRequest("some:tag", Context())
+    said = ["x509: certificate signed by unknown authority"]
+    assert "ca_bundle" not in request.failure("the step `[1/4] FROM registry/image` failed", said)
+    assert "ca_bundle" in request.failure("the step `[2/4] RUN curl https://there` failed", said)
+
+
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_a_failing_step_is_named_with_its_last_lines(
     make: Make, engine: Engine, base_image: str, project: Path, builder: str
@@ -374,8 +383,9 @@ def test_a_failing_step_is_named_with_its_last_lines(
     (project / "Dockerfile").write_text(f"FROM {base_image}\nRUN echo the reason >&2; exit 7 # {marker}\n")
     output: list[bytes] = []
     said: list[str] = []
-    with pytest.raises(ImageBuildError, match=r"RUN echo the reason[\s\S]*the reason\n"):
+    with pytest.raises(ImageBuildError, match=r"RUN echo the reason[\s\S]*the reason\n") as failed:
         make(project, dockerfile="Dockerfile", builder=builder).build(output.append, said.append)
+    assert "ca_bundle" not in str(failed.value)
     assert b"the reason" in b"".join(output)
     assert any(each.startswith("building image, step 2/") for each in said)
     assert left_of(engine, marker) == []

@@ -177,15 +177,18 @@ class TestPreparation:
         command = f"python -c 'import tinypkg{seed}; print(tinypkg{seed}.VERSION)'"
         doomed = harness.cluster.create_job(command, env)
         harness.until(lambda: harness._outcome(doomed).runner, "the preparation to begin")
-        preparer = harness._outcome(doomed).runner
+        preparers: list[psutil.Process] = []
+        with suppress(psutil.NoSuchProcess):
+            preparers.append(psutil.Process(harness._outcome(doomed).runner))
         steps = moment.randrange(1, 40)
         for _ in range(steps):  # a moment measured in work done, not in seconds
             if harness.cluster.get_job(doomed).start_time:
                 break
         with suppress(psutil.NoSuchProcess):
-            for process in (found := psutil.Process(preparer), *found.children(recursive=True)):
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
+            preparers += preparers[0].children(recursive=True) if preparers else []
+        for process in preparers:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         info = harness.end(doomed)
         assert info.status is JobStatus.SUCCEEDED or info.reason in (
             TerminationReason.LOST,

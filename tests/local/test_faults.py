@@ -180,10 +180,10 @@ class TestDeadSupervisors:
         record.write_text(json.dumps({**json.loads(record.read_text()), "boot": "another"}))
         for pid in harness.supervisors(job_id)[::-1]:  # the guard first, which leaves with its runner
             os.kill(pid, signal.SIGKILL)
+        os.kill(int(harness.cluster.get_logs(job_id)), signal.SIGKILL)  # which a restart does
         info = harness.end(job_id)
         assert info.reason is TerminationReason.LOST
         assert "restarted" in info.message
-        os.kill(int(harness.cluster.get_logs(job_id)), signal.SIGKILL)  # what a restart does
 
     def test_a_recycled_process_id_is_nobodys_runner(self, harness: LocalHarness) -> None:
         job_id = harness.cluster.create_job("echo ready; sleep 600")

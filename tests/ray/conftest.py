@@ -32,6 +32,8 @@ class RayHead:
         self._token = token
         self._quick = quick
         self._started: list[subprocess.Popen[bytes]] = []
+        self._process: psutil.Process | None = None
+        self._known: set[psutil.Process] = set()
         self.log = self.folder / "start.log"
         try:
             if ports:
@@ -47,7 +49,8 @@ class RayHead:
         self.address = f"127.0.0.1:{ports[0]}"
         self.dashboard = f"http://127.0.0.1:{ports[1]}"
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
-        command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", *port_options(HEAD_PORTS, ports)]
+        command += ["--node-ip-address=127.0.0.1", "--include-dashboard=true", "--dashboard-host=127.0.0.1"]
+        command += port_options(HEAD_PORTS, ports)
         command += [f"--temp-dir={self.folder}"]
         command += ["--num-cpus=4", '--resources={"gate": 1}']
         if self._quick:  # to notice the death of a node
@@ -59,7 +62,6 @@ class RayHead:
         environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
         self._environment = environment
         self._process = self._start(command)
-        self._known: set[psutil.Process] = set()
         try:
             self._wait_until_ready()
         except BaseException:
@@ -72,9 +74,11 @@ class RayHead:
 
     def processes(self) -> list[psutil.Process]:
         """All that belong to it: what descends from its first process, and what says by its arguments that it does."""
-        found = {self._process}
-        with suppress(psutil.Error):
-            found.update(self._process.children(recursive=True))
+        found: set[psutil.Process] = set()
+        if self._process is not None:
+            found.add(self._process)
+            with suppress(psutil.Error):
+                found.update(self._process.children(recursive=True))
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 if str(self.folder) in " ".join(process.cmdline()) or self._known & set(process.parents()):
@@ -127,11 +131,12 @@ class RayHead:
 
         give_up = time.monotonic() + START_SECONDS
         while True:
+            assert self._process is not None
             if not self._process.is_running() or self._process.status() == "zombie":
                 raise PlatformError(self.log.read_text())
             with suppress(OSError):
                 with closing(PlainKv(self.address, self._token)) as kv:
-                    is_up = kv.get(b"dashboard", b"dashboard")
+                    is_up = kv.get(b"dashboard", b"dashboard") == self.dashboard.removeprefix("http://").encode()
                 if is_up:
                     headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
                     with urllib.request.urlopen(

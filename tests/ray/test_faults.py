@@ -186,8 +186,8 @@ def test_what_rays_monitor_writes_of_a_purged_job_is_no_job(harness: RayHarness)
         job_id = f"ghost-{os.getpid()}-{number}"
         cluster.create_job("true", job_id=job_id)
         harness.end(job_id)
-        while rest.job(job_id).status != "SUCCEEDED":
-            pass
+        while (status := rest.job(job_id).status) != "SUCCEEDED":
+            assert status in ("PENDING", "RUNNING"), status
         rest.delete(job_id)  # as soon as that, while the monitor looks every second: it may just have looked
         give_up = time.monotonic() + 20
         while not _has(rest, job_id) and time.monotonic() < give_up:

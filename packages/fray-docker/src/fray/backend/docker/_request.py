@@ -13,10 +13,10 @@ __all__ = ["SHOWN_LINES", "BuildRequest"]
 SHOWN_LINES = 20
 """How many of the last lines of a failing step its error shows."""
 
-# As OpenSSL, Rust's webpki, Go and curl say it.
+# As OpenSSL, GnuTLS, Rust's webpki, Go and curl say it.
 _UNTRUSTED = re.compile(
-    r"CERTIFICATE_VERIFY_FAILED|UnknownIssuer|signed by unknown authority|self[- ]signed certificate|"
-    r"unable to get local issuer certificate",
+    r"CERTIFICATE_VERIFY_FAILED|certificate verification failed|UnknownIssuer|signed by unknown authority|"
+    r"self[- ]signed certificate|unable to get local issuer certificate",
     re.IGNORECASE,
 )
 
@@ -56,7 +56,7 @@ class BuildRequest:
         """
         lines = "\n".join(said)
         message = f"the image {self.tag} could not be built: {where}; its last lines:\n{lines}"
-        if _UNTRUSTED.search(lines):
+        if re.search(r"\bRUN ", where) and _UNTRUSTED.search(lines):  # what is pulled, the engine has to trust
             message += (
                 "\nThe image does not trust that certificate. If it is your proxy's, the image needs it: by the option "
                 "ca_bundle ('system' is what this machine trusts), or by a step of your own Dockerfile"

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -41,14 +41,24 @@ _START_SECONDS = 120.0
 _GRACE_SECONDS = 8.0
 # Ray refuses ports from 10002 to 19999 (its workers'), the kernel hands out those above.
 _PORTS = range(20_000, 32_000)
-# In turn, so that nobody is given what another was, who may not have taken it yet.
-_choices = itertools.cycle(random.sample(_PORTS, len(_PORTS)))
 _STARTS = 3
 
 _Started = TypeVar("_Started")
 
 _lock = threading.Lock()
 _choosing = threading.Lock()
+
+
+def _shuffle() -> None:
+    global _choices
+    _choices = itertools.cycle(random.sample(_PORTS, len(_PORTS)))
+
+
+# In turn, so that nobody in this process is given what another was, who may not have taken it yet.
+_choices: Iterator[int]
+_shuffle()
+os.register_at_fork(after_in_child=_shuffle)
+
 _running: LocalRay | None = None
 
 
@@ -163,7 +173,7 @@ class _Process:
                 except OSError:
                     said = ""
                 raise PlatformError(f"a local Ray does not start: {said or 'it says nothing'}")
-            if _dashboard_at(self.address):
+            if _dashboard_at(self.address) == self.dashboard:  # another's Ray may be at that address
                 return
             time.sleep(0.1)
 
@@ -212,7 +222,7 @@ def port_options(names: Sequence[str], ports: Sequence[int]) -> list[str]:
 def start_on_free_ports(count: int, start: Callable[[list[int]], _Started]) -> _Started:
     """Start a Ray on free ports, and again on others where somebody took one before Ray did.
 
-    That is known of the ports without which Ray does not start, its agents' not among them.
+    That is known of the ports without which Ray does not start: the head's and the dashboard's.
 
     Args:
         count: How many ports it takes.
@@ -233,6 +243,7 @@ def start_on_free_ports(count: int, start: Callable[[list[int]], _Started]) -> _
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what ended connections left is in nobody's way
         try:
             probe.bind(("127.0.0.1", port))
         except OSError:

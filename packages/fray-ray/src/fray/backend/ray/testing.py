@@ -177,7 +177,8 @@ class SimulatedSlices:
         self.dashboard = f"http://127.0.0.1:{ports[1]}"
         head = self._head = self._start(
             {},
-            ["--head", f"--num-cpus={cpus}", "--dashboard-host=127.0.0.1", *port_options(HEAD_PORTS, ports)],
+            ["--head", f"--num-cpus={cpus}", "--include-dashboard=true", "--dashboard-host=127.0.0.1"],
+            port_options(HEAD_PORTS, ports),
             [f"--system-config={json.dumps(_SYSTEM_CONFIG)}", f"--temp-dir={self.folder}"],
         )
         try:
@@ -276,7 +277,8 @@ class SimulatedSlices:
         if head.poll() is not None:
             raise PlatformError(f"Ray does not start: {_end_of(self._log)}")
         with suppress(OSError), closing(PlainKv(self.address)) as kv:
-            return kv.get(b"dashboard", b"dashboard") is not None
+            # Another's Ray may be at that address.
+            return kv.get(b"dashboard", b"dashboard") == self.dashboard.removeprefix("http://").encode()
         return False
 
     def _adds_nodes(self, known: set[str]) -> bool:
