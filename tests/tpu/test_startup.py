@@ -463,7 +463,8 @@ def test_a_slice_whose_time_is_over_deletes_its_whole_group(
     services.denied.clear()
     with services._changed:
         assert services._changed.wait_for(lambda: QUEUED in nodes.deleted, DEADLINE_SECONDS)
-    assert ("DELETE", f"/v2/{QUEUED}?force=true") in services.requests
+    deletions = [path for method, path in services.requests if method == "DELETE"]
+    assert deletions[0] == f"/v2/{QUEUED}?force=true", "the group, before what may be left of it"
     assert "tpu.queuedResources.delete and tpu.nodes.delete" in process.log.read_text()
 
 

@@ -76,7 +76,7 @@ class ClusterHarness(ABC):
 
     Attributes:
         spec: How `fray.connect` reaches the cluster, from a fresh process too.
-        options: Options for `fray.connect`; `grace_seconds` of a few keeps the suite fast.
+        options: Options for `fray.connect`; a `grace_seconds` of a few seconds keeps the suite fast.
         has_python: Whether a job finds a `python` of 3.11 or newer; else only a shell is relied on. Rule 15 is put to
             the test by one in which Fray is not installed.
         ships_working_dir: Whether jobs get a snapshot of the working directory; else they run in place.
