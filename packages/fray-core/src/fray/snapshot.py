@@ -33,6 +33,8 @@ _CHUNK_BYTES = 1 << 20
 # Of every member of a tar: a day that zip archives, which build backends make of the files, can express in any zone.
 TAR_TIME_SECONDS = 1_580_601_600  # 2020-02-02
 _TAR_BLOCK_BYTES = 512
+_TAR_REST = (b"\0" * 100 + b"ustar\00000").ljust(_TAR_BLOCK_BYTES - 157, b"\0")  # of a header, after a member's kind
+_TAR_REST_SUM = sum(_TAR_REST) + sum(b" " * 8)  # the checksum itself counts as blanks
 _TAR_SIZE_LIMIT_BYTES = 8**11  # what a header's octal field holds; beyond it stands in an extended header
 _SHOWN_FILES = 10
 
@@ -90,12 +92,14 @@ def collect(directory: Path, excludes: Sequence[str] = (), dockerignore: Path | 
         InvalidValueError: A file cannot be read, or has a name that is not UTF-8; a pattern of `dockerignore` is none.
     """
     top = directory.absolute()
-    above = [_Level(str(each), _read_patterns(each / ".gitignore"), ()) for each in _repository_above(top)]
+    rules = _Rules()
+    for each in _repository_above(top):
+        rules = rules.within(str(each), fray=False)
     walk = _Walk(
         tuple(compiled for text in excludes if (compiled := _compile(text))),
         None if dockerignore is None else _read_dockerignore(dockerignore),
     )
-    walk.enter(str(top), "", tuple(above), is_ignored=False, links=frozenset())
+    walk.enter(str(top), "", rules, is_ignored=False, links=frozenset())
     return Snapshot(top, tuple(sorted(walk.found)))
 
 
@@ -221,10 +225,16 @@ def write_tar(
 
 
 def _read(descriptor: int, file: SnapshotFile) -> bytes:
+    """Read what is left of a file, or a byte more than a chunk of it."""
+    limit = _CHUNK_BYTES + 1
     try:
-        content = os.read(descriptor, _CHUNK_BYTES + 1)
-        while len(content) < min(file.size, _CHUNK_BYTES + 1) and (more := os.read(descriptor, _CHUNK_BYTES)):
-            content += more  # some file systems give less at once than is there
+        content = os.read(descriptor, min(file.size + 1, limit))
+        # What was asked for and a byte less is the end; else it has changed, or the file system gives less at once.
+        while len(content) != file.size and len(content) < limit:
+            more = os.read(descriptor, limit - len(content))
+            if not more:
+                break
+            content += more
         return content
     except OSError as error:
         raise _unreadable(file.path, error) from error
@@ -253,11 +263,9 @@ class _TarHeaders:
         return extended + self._header(name[:100], size if size < _TAR_SIZE_LIMIT_BYTES else 0, mode, kind)
 
     def _header(self, name: bytes, size: int, mode: int, kind: bytes) -> bytes:
-        before = b"%-100b%07o\0%b%011o\0%011o\0" % (name, mode, self._ids, size, TAR_TIME_SECONDS)
-        before = name.ljust(100, b"\0") + before[100:]
-        after = kind + b"\0" * 100 + b"ustar\00000".ljust(8, b"\0")
-        checksum = sum(before) + sum(after) + 8 * 32
-        return (before + b"%06o\0 " % checksum + after).ljust(_TAR_BLOCK_BYTES, b"\0")
+        fields = b"%07o\0%b%011o\0%011o\0" % (mode, self._ids, size, TAR_TIME_SECONDS)
+        checksum = sum(name) + sum(fields) + sum(kind) + _TAR_REST_SUM
+        return b"%b%b%06o\0 %b%b" % (name.ljust(100, b"\0"), fields, checksum, kind, _TAR_REST)
 
 
 def _tar_record(key: str, value: bytes) -> bytes:
@@ -294,11 +302,24 @@ class _Pattern(NamedTuple):
 
 
 class _Level(NamedTuple):
-    """The patterns of one directory, git's and Fray's."""
+    """The patterns of one directory's ignore file, of which there are some."""
 
     directory: str
-    git: tuple[_Pattern, ...]
-    fray: tuple[_Pattern, ...]
+    patterns: tuple[_Pattern, ...]
+
+
+class _Rules(NamedTuple):
+    """The levels from the outermost directory to the one that is looked into."""
+
+    git: tuple[_Level, ...] = ()
+    fray: tuple[_Level, ...] = ()
+
+    def within(self, directory: str, *, git: bool = True, fray: bool = True) -> _Rules:
+        """Return them with those of a directory further in."""
+        return _Rules(
+            self.git + (_read_level(directory, ".gitignore") if git else ()),
+            self.fray + (_read_level(directory, ".frayignore") if fray else ()),
+        )
 
 
 class _Walk:
@@ -307,33 +328,28 @@ class _Walk:
         self._excludes = excludes
         self._docker = docker
 
-    def enter(
-        self, directory: str, below: str, levels: tuple[_Level, ...], *, is_ignored: bool, links: frozenset[str]
-    ) -> None:
+    def enter(self, directory: str, below: str, rules: _Rules, *, is_ignored: bool, links: frozenset[str]) -> None:
         """Add what is in a directory; of an ignored one only what a `.frayignore` names.
 
         Args:
             directory: Where it is.
             below: Its path below the top, with a `/` at its end.
-            levels: The patterns of the directories above it, the outermost first.
+            rules: The patterns of the directories above it.
             is_ignored: Whether git would not look into it.
             links: The real paths of the directories that were entered through links to get here.
         """
-        git = () if is_ignored else _read_patterns(Path(directory, ".gitignore"))
-        levels = (*levels, _Level(directory, git, _read_patterns(Path(directory, ".frayignore"))))
+        rules = rules.within(directory, git=not is_ignored)
         try:
             entries = list(os.scandir(directory))
         except OSError as error:
             raise _unreadable(below or ".", error) from error
         for entry in entries:
             if entry.name not in _NEVER:
-                self._add(entry, f"{below}{entry.name}", levels, is_ignored, links)
+                self._add(entry, f"{below}{entry.name}", rules, is_ignored, links)
         if not entries and below and not is_ignored:
             self._keep(SnapshotFile(below, 0))
 
-    def _add(
-        self, entry: os.DirEntry[str], path: str, levels: tuple[_Level, ...], is_ignored: bool, links: frozenset[str]
-    ) -> None:
+    def _add(self, entry: os.DirEntry[str], path: str, rules: _Rules, is_ignored: bool, links: frozenset[str]) -> None:
         try:
             status = entry.stat()
         except FileNotFoundError:
@@ -347,24 +363,21 @@ class _Walk:
             return
         if not is_ignored:
             # To git a link is a file, whatever it leads to.
-            is_ignored = (
-                _ask(
-                    [(level.directory, level.git) for level in levels], entry.path, entry.is_dir(follow_symlinks=False)
-                )
-                or False
-            )
-        fray = _ask([(level.directory, level.fray) for level in levels], entry.path, is_directory)
+            is_ignored = _ask(rules.git, entry.path, entry.is_dir(follow_symlinks=False)) or False
+        fray = _ask(rules.fray, entry.path, is_directory)
         if fray is not None:
             is_ignored = fray
         if is_directory:
-            if os.path.exists(f"{entry.path}/pyvenv.cfg") or (is_ignored and not _may_hold_wanted(levels, entry.path)):
+            if os.path.exists(f"{entry.path}/pyvenv.cfg") or (
+                is_ignored and not _may_hold_wanted(rules.fray, entry.path)
+            ):
                 return
             if entry.is_symlink():
                 real = os.path.realpath(entry.path)
                 if real in links or f"{os.path.realpath(os.path.dirname(entry.path))}/".startswith(f"{real}/"):
                     return  # round in a circle
                 links = links | {real}
-            self.enter(entry.path, f"{path}/", levels, is_ignored=is_ignored, links=links)
+            self.enter(entry.path, f"{path}/", rules, is_ignored=is_ignored, links=links)
         elif stat.S_ISREG(status.st_mode) and not is_ignored:
             self._keep(SnapshotFile(path, status.st_size, bool(status.st_mode & stat.S_IXUSR)))
 
@@ -378,13 +391,12 @@ class _Walk:
         self.found.append(file)
 
 
-def _ask(levels: Sequence[tuple[str, tuple[_Pattern, ...]]], path: str, is_directory: bool) -> bool | None:
+def _ask(levels: tuple[_Level, ...], path: str, is_directory: bool) -> bool | None:
     """What the innermost level that has something to say says of an absolute path."""
     for directory, patterns in reversed(levels):
-        if patterns:
-            verdict = _verdict(patterns, path[len(directory) :].lstrip("/"), is_directory)
-            if verdict is not None:
-                return verdict
+        verdict = _verdict(patterns, path[len(directory) :].lstrip("/"), is_directory)
+        if verdict is not None:
+            return verdict
     return None
 
 
@@ -400,7 +412,7 @@ def _may_hold_wanted(levels: tuple[_Level, ...], path: str) -> bool:
     """Whether something inside an ignored directory may be named by a `.frayignore`."""
     for level in levels:
         relative = path[len(level.directory) :].lstrip("/") + "/"
-        for pattern in level.fray:
+        for pattern in level.patterns:
             prefix = f"{pattern.prefix}/"
             is_near = prefix.startswith(relative) or (pattern.is_deep and relative.startswith(prefix))
             if pattern.brings_back and pattern.prefix and is_near:
@@ -417,6 +429,11 @@ def _repository_above(top: Path) -> list[Path]:
         if (directory / ".git").exists():
             return above[::-1]
     return []
+
+
+def _read_level(directory: str, name: str) -> tuple[_Level] | tuple[()]:
+    patterns = _read_patterns(Path(directory, name))
+    return (_Level(directory, patterns),) if patterns else ()
 
 
 def _read_patterns(file: Path) -> tuple[_Pattern, ...]:
