@@ -142,7 +142,11 @@ def test_slices_join_ray_are_taken_back_leave_it_and_are_deleted(cloud: FakeClou
 
             cloud.preempt("train")
             assert jane.describe("train").state is SliceState.PREEMPTED
-            until(lambda: two(tpu_hosts(head, "DEAD")), "both hosts out of the Ray cluster")
+            joined = {host["node_id"] for host in hosts}
+            until(
+                lambda: joined <= {host["node_id"] for host in tpu_hosts(head, "DEAD")},
+                "both hosts out of the Ray cluster",
+            )
             jane.delete("train")
         assert machines.wait_for("train", 0)
         assert cloud.billed() == cloud.existing() == []
