@@ -17,8 +17,9 @@ import psutil
 import pytest
 
 from fray.backend.ray._internals import PlainKv
-from fray.backend.ray._local_ray import HEAD_PORTS, NODE_PORTS, free_ports, port_options, start_on_free_ports
+from fray.backend.ray._local_ray import HEAD_PORTS, NODE_PORTS, port_options, start_on_free_ports
 from fray.errors import PlatformError
+from fray.ports import free_ports
 
 START_SECONDS = 120.0
 

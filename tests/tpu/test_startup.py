@@ -23,12 +23,13 @@ from typing import Any
 
 import pytest
 
-from fray.backend.ray._local_ray import NODE_PORTS, free_ports, port_options
+from fray.backend.ray._local_ray import NODE_PORTS, port_options
 from fray.backend.tpu import _agent, _startup
 from fray.backend.tpu._host_services import HostServices
 from fray.backend.tpu._labels import LEASE_UNTIL, lease_value, parse_lease
 from fray.backend.tpu._startup import RayJoin, startup_script
 from fray.errors import InvalidTypeError, InvalidValueError
+from fray.ports import free_ports
 from tests.ray.conftest import RayHead
 from tests.requirements import missing
 from tools import docker_base_image

@@ -5,9 +5,7 @@ It runs under Fray's runner, on a leash: however this process ends, none of Ray'
 
 from __future__ import annotations
 
-import itertools
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -15,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -23,9 +21,10 @@ from typing import TypeVar
 from fray.backend.ray._addresses import local_address
 from fray.backend.ray._internals import PlainKv
 from fray.errors import PlatformError
+from fray.ports import free_ports, is_free
 from fray.supervision import RunnerEvent, parse_events, runner_arguments, runner_source
 
-__all__ = ["HEAD_PORTS", "NODE_PORTS", "LocalRay", "free_ports", "port_options", "start_on_free_ports"]
+__all__ = ["HEAD_PORTS", "NODE_PORTS", "LocalRay", "port_options", "start_on_free_ports"]
 
 # All that its agents listen at: a raylet that is not told ends when they have not said so within 15 s (Ray 2.60,
 # hard-coded), which on a busy machine is too short.
@@ -39,26 +38,11 @@ HEAD_PORTS = ("port", "dashboard-port", "ray-client-server-port", *NODE_PORTS)
 
 _START_SECONDS = 120.0
 _GRACE_SECONDS = 8.0
-# Ray refuses ports from 10002 to 19999 (its workers'), the kernel hands out those above.
-_PORTS = range(20_000, 32_000)
 _STARTS = 3
 
 _Started = TypeVar("_Started")
 
 _lock = threading.Lock()
-_choosing = threading.Lock()
-
-
-def _shuffle() -> None:
-    global _choices
-    _choices = itertools.cycle(random.sample(_PORTS, len(_PORTS)))
-
-
-# In turn, so that nobody in this process is given what another was, who may not have taken it yet.
-_choices: Iterator[int]
-_shuffle()
-os.register_at_fork(after_in_child=_shuffle)
-
 _running: LocalRay | None = None
 
 
@@ -203,17 +187,6 @@ def _dashboard_at(address: str) -> str | None:
         kv.close()
 
 
-def free_ports(count: int) -> list[int]:
-    """Return ports of this machine that a Ray may be given."""
-    found: list[int] = []
-    while len(found) < count:
-        with _choosing:
-            port = next(_choices)
-        if _is_free(port):
-            found.append(port)
-    return found
-
-
 def port_options(names: Sequence[str], ports: Sequence[int]) -> list[str]:
     """Return the options by which `ray start` is given ports."""
     return [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]
@@ -236,16 +209,6 @@ def start_on_free_ports(count: int, start: Callable[[list[int]], _Started]) -> _
         try:
             return start(ports)
         except PlatformError:
-            if all(map(_is_free, ports)):
+            if all(map(is_free, ports)):
                 raise
     return start(free_ports(count))
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what ended connections left is in nobody's way
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True

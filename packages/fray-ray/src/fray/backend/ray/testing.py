@@ -35,9 +35,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from fray.backend.ray._internals import PlainKv
-from fray.backend.ray._local_ray import HEAD_PORTS, NODE_PORTS, free_ports, port_options, start_on_free_ports
+from fray.backend.ray._local_ray import HEAD_PORTS, NODE_PORTS, port_options, start_on_free_ports
 from fray.backend.ray._tpu_host import LOCKFILE_VARIABLE
 from fray.errors import ConnectionFailedError, InvalidValueError, PlatformError
+from fray.ports import free_ports
 from fray.tpu import TpuType
 from fray.tpu import tpu_type as type_of
 

@@ -6,13 +6,10 @@ is known by a variable in its environment, so that the end of the host is the en
 
 from __future__ import annotations
 
-import itertools
 import os
 import queue
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,6 +26,7 @@ from google.protobuf.json_format import MessageToDict
 
 from fray.backend.tpu._host_services import HostServices
 from fray.backend.tpu.testing._world import ApiError, World
+from fray.ports import free_ports
 from fray.tpu import tpu_type
 
 __all__ = ["Machine", "Machines"]
@@ -45,11 +43,6 @@ _AGENT_PORTS = (
     "runtime-env-agent-port",
     "metrics-export-port",
 )
-# Above those of Ray's workers, and below those that Linux gives to whoever asks for any.
-_PORTS = range(20_000, 32_000)
-# In turn, so that no two hosts are given the same, of which the first may not have taken its own yet.
-_choices = itertools.cycle(random.sample(_PORTS, len(_PORTS)))
-_choosing = threading.Lock()
 _READY, _PREEMPTED = tpu_v2.Node.State.READY, tpu_v2.Node.State.PREEMPTED
 
 
@@ -286,19 +279,8 @@ def _ray_options(machine: Machine) -> str:
         "object-store-memory": _OBJECT_STORE_BYTES,
         "temp-dir": machine.ray_directory,
     }
-    options |= zip(_AGENT_PORTS, _free_ports(len(_AGENT_PORTS)), strict=True)
+    options |= zip(_AGENT_PORTS, free_ports(len(_AGENT_PORTS)), strict=True)
     return " ".join(f"--{name}={value}" for name, value in {**options, "node-ip-address": "127.0.0.1"}.items())
-
-
-def _free_ports(count: int) -> list[int]:
-    """Return ports that nobody has, and nobody is given by asking for any: a node that starts again has the same."""
-    ports: list[int] = []
-    while len(ports) < count:
-        with _choosing, socket.socket() as probe, suppress(OSError):
-            port = next(_choices)
-            probe.bind(("", port))
-            ports.append(port)
-    return ports
 
 
 def _kill_marked(mark: str) -> None:
