@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import random
 import socket
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -20,16 +22,37 @@ def test_nobody_is_given_what_another_was() -> None:
     assert all(20_000 <= port < 32_000 for port in given)
 
 
-def test_a_child_process_has_an_order_of_its_own() -> None:
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.write(writing, repr(free_ports(20)).encode())
-        os._exit(0)
-    os.waitpid(child, 0)
-    os.close(writing)
-    with open(reading) as said:
-        assert said.read() != repr(free_ports(20))
+@pytest.mark.parametrize("is_held", [False, True], ids=["at rest", "while another thread chooses"])
+def test_a_forked_process_has_an_order_of_its_own(is_held: bool) -> None:
+    program = f"""
+import os, sys, threading
+from fray import ports
+ports.free_ports(1)
+if {is_held}:
+    held = threading.Event()
+    threading.Thread(target=lambda: (ports._lock.acquire(), held.set(), threading.Event().wait()), daemon=True).start()
+    held.wait()
+if os.fork() == 0:
+    print(*ports.free_ports(20), flush=True)
+    os._exit(0)
+os.wait()
+if {is_held}:
+    ports._lock.release()
+print(*ports.free_ports(20))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    child, parent = (line.split() for line in done.stdout.splitlines())
+    assert len(child) == len(parent) == 20
+    assert child != parent
+
+
+def test_a_program_that_seeds_its_random_numbers_keeps_them() -> None:
+    random.seed(5)
+    numbers = [random.random(), random.random()]
+    random.seed(5)
+    ports._begin_anew()
+    free_ports(1)
+    assert [random.random(), random.random()] == numbers
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", ""], ids=["loopback", "all addresses"])
@@ -42,3 +65,7 @@ def test_a_machine_without_free_ports_is_no_endless_search(monkeypatch: pytest.M
     monkeypatch.setattr(ports, "is_free", lambda port: False)
     with pytest.raises(PlatformError, match="no 2 free ports between 20000 and 31999"):
         free_ports(2)
+    monkeypatch.setattr(ports, "is_free", lambda port: True)
+    assert sorted(free_ports(12_000)) == list(range(20_000, 32_000))
+    with pytest.raises(PlatformError):
+        free_ports(12_001)

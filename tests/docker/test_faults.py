@@ -354,8 +354,9 @@ cluster.wait({job_id!r})
         was_told = b"submitted" in client.stdout.read()
     # The process that prepares it may be about to have it accepted, or not to.
     until(lambda: not _preparers(harness), "those that prepare jobs to end")
-    stale_at = time.monotonic() + 2
+    stale_at, give_up = time.monotonic() + 2, time.monotonic() + DEADLINE_SECONDS
     while True:
+        assert time.monotonic() < give_up, "neither is the job there, nor is its id free"
         try:
             harness.cluster.get_job(job_id)
             break

@@ -11,17 +11,27 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import fray
-from fray.errors import AuthenticationError, ConnectionFailedError, JobExistsError, JobNotFoundError, PlatformError
+from fray.backend.ray import _rest
+from fray.backend.ray._internals import PlainKv
+from fray.errors import (
+    AuthenticationError,
+    ConnectionFailedError,
+    JobExistsError,
+    JobNotFoundError,
+    PlatformError,
+    SubmissionError,
+)
 from fray.types import JobStatus, Resource, RuntimeEnv, TerminationReason
 from tests.ray.conftest import RayHead
 from tests.ray.ray_harness import RayHarness
+from tests.ray.tpu_harness import until
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -236,6 +246,41 @@ def test_a_killed_node_loses_its_job_and_not_what_was_read(tmp_path: Path) -> No
             with pytest.raises(PlatformError, match="gone"):
                 harness.cluster.read_logs(job_id)
             harness.cluster.purge_job(job_id)
+    finally:
+        head.stop()
+
+
+def test_a_head_whose_agent_is_not_there_yet_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = RayHead()
+    try:
+        with closing(PlainKv(head.address)) as kv, fray.connect(f"ray:{head.dashboard}") as cluster:
+            rest = cluster._rest  # type: ignore[attr-defined]
+            nodes: list[dict[str, Any]] = []
+            until(lambda: nodes.extend(rest._json("GET", "/api/v0/nodes")["data"]["result"]["result"]) or nodes, "it")
+            key = f"DASHBOARD_AGENT_ADDR_NODE_ID_PREFIX:{nodes[0]['node_id']}".encode()
+            until(lambda: kv.get(key, b"dashboard"), "its agent")
+            agent = kv.get(key, b"dashboard")
+            assert agent
+            kv.delete(key, b"dashboard")
+            with monkeypatch.context() as patch:
+                patch.setattr(_rest, "_SUBMIT_SECONDS", 0.0)
+                with pytest.raises(SubmissionError, match="No available agent"):
+                    cluster.create_job("true", job_id="early")
+            tries: list[str] = []
+            submit_job = rest._client.submit_job
+
+            def counted(**request: Any) -> str:
+                tries.append(request["submission_id"])
+                return str(submit_job(**request))
+
+            monkeypatch.setattr(rest._client, "submit_job", counted)
+            with ThreadPoolExecutor(1) as pool:
+                submitting = pool.submit(cluster.create_job, "echo ran", job_id="early")
+                until(lambda: len(tries) > 1 or submitting.done(), "the second try")
+                kv.put(key, agent, b"dashboard")
+                assert submitting.result(90) == "early"
+            assert cluster.wait("early", 90).status is JobStatus.SUCCEEDED
+            assert cluster.get_logs("early") == "ran\n"
     finally:
         head.stop()
 

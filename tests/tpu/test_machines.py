@@ -132,7 +132,7 @@ def test_slices_join_ray_are_taken_back_leave_it_and_are_deleted(cloud: FakeClou
             jane.create(request_of("train", TWO_HOSTS, startup_script=script))
             jane.wait_ready("train")
             try:
-                hosts = until(lambda: two(tpu_hosts(head, "ALIVE")), "two hosts in the Ray cluster")
+                hosts = until(lambda: two_alive(tpu_hosts(head)), "two hosts in the Ray cluster")
             except AssertionError as error:
                 error.add_note("\n".join(machine.log for machine in machines.of("train")))
                 raise
@@ -142,11 +142,7 @@ def test_slices_join_ray_are_taken_back_leave_it_and_are_deleted(cloud: FakeClou
 
             cloud.preempt("train")
             assert jane.describe("train").state is SliceState.PREEMPTED
-            joined = {host["node_id"] for host in hosts}
-            until(
-                lambda: joined <= {host["node_id"] for host in tpu_hosts(head, "DEAD")},
-                "both hosts out of the Ray cluster",
-            )
+            until(lambda: {host["state"] for host in tpu_hosts(head)} == {"DEAD"}, "both hosts out of the Ray cluster")
             jane.delete("train")
         assert machines.wait_for("train", 0)
         assert cloud.billed() == cloud.existing() == []
@@ -154,14 +150,15 @@ def test_slices_join_ray_are_taken_back_leave_it_and_are_deleted(cloud: FakeClou
         head.stop()
 
 
-def tpu_hosts(head: RayHead, state: str) -> list[dict[str, Any]]:
+def tpu_hosts(head: RayHead) -> list[dict[str, Any]]:
     try:
         with urllib.request.urlopen(f"{head.dashboard}/api/v0/nodes?detail=true", timeout=30) as answer:
             found: list[dict[str, Any]] = json.load(answer)["data"]["result"]["result"]
     except OSError:
         return []  # too busy to answer
-    return [node for node in found if node["state"] == state and node["resources_total"].get("TPU")]
+    return [node for node in found if node["resources_total"].get("TPU")]
 
 
-def two(hosts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return hosts if len(hosts) == 2 else []
+def two_alive(hosts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    alive = [host for host in hosts if host["state"] == "ALIVE"]
+    return alive if len(alive) == 2 else []

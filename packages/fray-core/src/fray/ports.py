@@ -21,43 +21,62 @@ __all__ = ["free_ports", "is_free"]
 # any: a service that is started again finds its own still free.
 _PORTS = range(20_000, 32_000)
 
-_choosing = threading.Lock()
+_lock = threading.Lock()
+_turn: Iterator[int] | None = None
 
 
-def _shuffle() -> None:
-    global _choices
-    _choices = itertools.cycle(random.sample(_PORTS, len(_PORTS)))
+def _begin_anew() -> None:
+    global _lock, _turn
+    _lock, _turn = threading.Lock(), None
 
 
-# In turn, so that nobody in this process is given what another was, who may not have taken it yet.
-_choices: Iterator[int]
-_shuffle()
-os.register_at_fork(after_in_child=_shuffle)
+os.register_at_fork(after_in_child=_begin_anew)
 
 
 def free_ports(count: int) -> list[int]:
     """Return so many TCP ports, all between 20000 and 31999, at which nothing listens.
 
+    They come in turn, in an order that no other process has: nobody in this one is given what another was, who may not
+    have taken it yet, until all have been had.
+
     Raises:
         PlatformError: There are not as many.
     """
     found: list[int] = []
-    for _ in _PORTS:
-        if len(found) == count:
-            return found
-        with _choosing:
-            port = next(_choices)
-        if is_free(port):
+    tried = 0
+    while len(found) < count:
+        if tried == len(_PORTS):
+            raise PlatformError(
+                f"this machine has no {count} free ports between {_PORTS.start} and {_PORTS.stop - 1}: end what "
+                "listens there (`ss -ltnp` shows it)"
+            )
+        tried += 1
+        port = _next()
+        if port not in found and is_free(port):
             found.append(port)
-    raise PlatformError(f"this machine has no {count} free ports between {_PORTS.start} and {_PORTS.stop - 1}")
+    return found
 
 
 def is_free(port: int) -> bool:
-    """Return whether nothing listens at a TCP port, at whatever address of this machine."""
+    """Return whether nothing listens at a TCP port, at whatever IPv4 address of this machine."""
+    # Not every system takes the one for a part of the other.
+    return all(_can_be_had(address, port) for address in ("127.0.0.1", ""))
+
+
+def _next() -> int:
+    global _turn
+    with _lock:
+        if _turn is None:
+            # Not the program's own `random`, which may be seeded alike in many.
+            _turn = itertools.cycle(random.Random().sample(_PORTS, len(_PORTS)))
+        return next(_turn)
+
+
+def _can_be_had(address: str, port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what ended connections left is in nobody's way
         try:
-            probe.bind(("", port))
+            probe.bind((address, port))
         except OSError:
             return False
         return True

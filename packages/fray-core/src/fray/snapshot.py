@@ -229,7 +229,8 @@ def _read(descriptor: int, file: SnapshotFile) -> bytes:
     limit = _CHUNK_BYTES + 1
     try:
         content = os.read(descriptor, min(file.size + 1, limit))
-        # What was asked for and a byte less is the end; else it has changed, or the file system gives less at once.
+        # A byte more than it had was asked for: as much as it had is all of it. Else it has changed, or the file system
+        # gives less at once.
         while len(content) != file.size and len(content) < limit:
             more = os.read(descriptor, limit - len(content))
             if not more:
@@ -431,7 +432,7 @@ def _repository_above(top: Path) -> list[Path]:
     return []
 
 
-def _read_level(directory: str, name: str) -> tuple[_Level] | tuple[()]:
+def _read_level(directory: str, name: str) -> tuple[_Level, ...]:
     patterns = _read_patterns(Path(directory, name))
     return (_Level(directory, patterns),) if patterns else ()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from typing import Any, NoReturn
@@ -24,6 +25,9 @@ __all__ = ["HttpError", "RayRest", "Stream"]
 _CONNECT_SECONDS = 5.0
 _UPLOAD_SECONDS = 600.0
 _SUBMIT_SECONDS = 60.0
+_PAUSE_SECONDS = 0.5
+# What Ray says where the head's agent is not there after ten seconds.
+_NO_AGENT = "No available agent to submit job"
 
 
 class HttpError(PlatformError):
@@ -83,8 +87,17 @@ class RayRest:
         Raises:
             HttpError: The server refuses it, with "already exists" in its text where the id is taken.
         """
-        with self._errors():
-            self._client.submit_job(**request)
+        give_up = time.monotonic() + _SUBMIT_SECONDS
+        while True:
+            try:
+                with self._errors():
+                    self._client.submit_job(**request)
+                return
+            except HttpError as error:
+                # Nothing has been done then, and of a head that has just started it is true for a while.
+                if _NO_AGENT not in error.text or time.monotonic() > give_up:
+                    raise
+            time.sleep(_PAUSE_SECONDS)
 
     def job(self, job_id: str) -> JobDetails:
         """Return Ray's record of a job."""
