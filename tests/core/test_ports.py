@@ -25,7 +25,7 @@ def test_nobody_is_given_what_another_was() -> None:
 @pytest.mark.parametrize("is_held", [False, True], ids=["at rest", "while another thread chooses"])
 def test_a_forked_process_has_an_order_of_its_own(is_held: bool) -> None:
     program = f"""
-import os, sys, threading
+import os, threading
 from fray import ports
 ports.free_ports(1)
 if {is_held}:

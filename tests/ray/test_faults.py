@@ -255,9 +255,8 @@ def test_a_head_whose_agent_is_not_there_yet_is_waited_for(monkeypatch: pytest.M
     try:
         with closing(PlainKv(head.address)) as kv, fray.connect(f"ray:{head.dashboard}") as cluster:
             rest = cluster._rest  # type: ignore[attr-defined]
-            nodes: list[dict[str, Any]] = []
-            until(lambda: nodes.extend(rest._json("GET", "/api/v0/nodes")["data"]["result"]["result"]) or nodes, "it")
-            key = f"DASHBOARD_AGENT_ADDR_NODE_ID_PREFIX:{nodes[0]['node_id']}".encode()
+            until(rest._nodes, "the head to be a node")
+            key = f"DASHBOARD_AGENT_ADDR_NODE_ID_PREFIX:{rest._nodes()[0]['node_id']}".encode()
             until(lambda: kv.get(key, b"dashboard"), "its agent")
             agent = kv.get(key, b"dashboard")
             assert agent

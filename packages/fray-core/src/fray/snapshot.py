@@ -33,7 +33,8 @@ _CHUNK_BYTES = 1 << 20
 # Of every member of a tar: a day that zip archives, which build backends make of the files, can express in any zone.
 TAR_TIME_SECONDS = 1_580_601_600  # 2020-02-02
 _TAR_BLOCK_BYTES = 512
-_TAR_REST = (b"\0" * 100 + b"ustar\00000").ljust(_TAR_BLOCK_BYTES - 157, b"\0")  # of a header, after a member's kind
+# Of a header, after the 157 bytes up to a member's kind.
+_TAR_REST = (b"\0" * 100 + b"ustar\00000").ljust(_TAR_BLOCK_BYTES - 157, b"\0")
 _TAR_REST_SUM = sum(_TAR_REST) + sum(b" " * 8)  # the checksum itself counts as blanks
 _TAR_SIZE_LIMIT_BYTES = 8**11  # what a header's octal field holds; beyond it stands in an extended header
 _SHOWN_FILES = 10
