@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import fray
+from fray.backend.docker import _buildkit, _lock, images
 from fray.backend.docker._engine import Endpoint, Engine, find_endpoint
 from fray.backend.docker.cluster import DockerClusterContext, Mount
 from fray.errors import (
@@ -76,6 +77,24 @@ def test_a_plan_is_the_engines_own_request_and_does_nothing(harness: DockerHarne
     assert container["HostConfig"]["LogConfig"]["Type"] == "json-file"
     assert plan.image == harness.base_image
     assert plan.upload_bytes is None
+
+
+def test_a_job_whose_image_is_built_waits_for_no_builder(
+    harness: DockerHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("main.py").write_text(f"print({time.time_ns()})\n")
+    plan = harness.cluster.plan_job("python main.py")
+    assert (plan.native["prepares"], plan.native["builder"] in ("buildkit", "classic")) == ("build", True)
+    assert plan.upload_bytes
+    first = harness.run("python main.py")
+    asked: list[object] = []
+    for module, name in ((_buildkit, "_find_cli"), (_lock, "export_lock"), (images, "freeze"), (images, "render")):
+        monkeypatch.setattr(module, name, lambda *given, **named: asked.append(given))
+    plan = harness.cluster.plan_job("python main.py")
+    assert (plan.native["prepares"], plan.upload_bytes) == ("", None)
+    second = harness.run("python main.py")
+    assert harness.cluster.read_logs(second.id) == harness.cluster.read_logs(first.id)
+    assert asked == []
 
 
 # Resources

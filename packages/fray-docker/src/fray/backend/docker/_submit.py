@@ -91,19 +91,20 @@ def make_plan(
     if asked:
         _check_limits(engine, {each.name for each in asked if each.quantity})
     _check_network(engine, options.network)
-    build: ImagePlan | None = image.builder.plan() if image.builder else None
-    name = build.tag if build else image.name
-    present = None
-    if build is None or build.is_built:
-        present = engine.inspect_image(name)
-    if build is None:
-        if present is None and image.pull == "never":
-            raise InvalidValueError(
-                f"container_image: the engine at {engine.endpoint.host} has no {name!r}, and pull is 'never': pull it, "
-                "or leave that to Fray (pull='missing')"
-            )
-        if image.pull == "always":
-            present = None
+    build: ImagePlan | None = None
+    name = image.builder.tag() if image.builder else image.name
+    present = engine.inspect_image(name)
+    if image.builder is not None:
+        # What is there need not be planned, which asks uv and looks for a docker command.
+        build = image.builder.plan() if present is None else None
+        name = build.tag if build else name
+    elif present is None and image.pull == "never":
+        raise InvalidValueError(
+            f"container_image: the engine at {engine.endpoint.host} has no {name!r}, and pull is 'never': pull it, "
+            "or leave that to Fray (pull='missing')"
+        )
+    elif image.pull == "always":
+        present = None
 
     submitted_ns = time.time_ns()
 
@@ -136,7 +137,7 @@ def make_plan(
         submission,
         native,
     )
-    upload = build.context_bytes if build and present is None else None
+    upload = build.context_bytes if build else None
     return JobPlan("docker", request, shown, upload, name, details)
 
 

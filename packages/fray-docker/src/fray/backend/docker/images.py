@@ -160,6 +160,18 @@ class ImageBuilder:
         given = self._given_engine
         return given if isinstance(given, Engine) else Engine(find_endpoint(given))
 
+    def tag(self) -> str:
+        """Return the image's name, by the files as they are now: all that a job needs whose image is there.
+
+        It ends in `:unlocked` or `:unpulled` where it cannot be known yet.
+
+        Raises:
+            InvalidValueError: A file cannot be read, or the files are too large.
+            ImageBuildError: The base image is nowhere.
+            ConnectionFailedError: The engine cannot be reached.
+        """
+        return self._name(read_inputs(self._spec, self.engine))
+
     def plan(self) -> ImagePlan:
         """Say what `build` would do, and change nothing. The next `build` or `freeze` takes the files as they are now.
 
@@ -179,7 +191,7 @@ class ImageBuilder:
         text = frozen.dockerfile if recipe is None else render(recipe, builder)
         files = () if inputs.source is None else inputs.source.snapshot.files
         return ImagePlan(
-            tag=f"{self._spec.name}:unlocked" if needs_lock else inputs.tag,
+            tag=self._name(inputs),
             dockerfile=text,
             base=inputs.base.pinned,
             context_bytes=sum(file.size for file in files) + sum(map(len, sent.files.values())),
@@ -281,6 +293,9 @@ class ImageBuilder:
             on_progress("locking the dependencies of pyproject.toml (uv lock)")
             make_lock(self._spec.directory)
             self._planned = None
+
+    def _name(self, inputs: Inputs) -> str:
+        return f"{self._spec.name}:unlocked" if self._spec.needs_lock else inputs.tag
 
     def _read(self) -> Inputs:
         """Return what `plan` has read, once, or else read it."""
