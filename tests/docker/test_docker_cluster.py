@@ -80,9 +80,10 @@ def test_a_plan_is_the_engines_own_request_and_does_nothing(harness: DockerHarne
 
 
 def test_a_job_whose_image_is_built_waits_for_no_builder(
-    harness: DockerHarness, monkeypatch: pytest.MonkeyPatch
+    harness: DockerHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Path("main.py").write_text(f"print({time.time_ns()})\n")
+    (tmp_path / "main.py").write_text(f"print({time.time_ns()})\n")
+    monkeypatch.chdir(tmp_path)
     plan = harness.cluster.plan_job("python main.py")
     assert (plan.native["prepares"], plan.native["builder"] in ("buildkit", "classic")) == ("build", True)
     assert plan.upload_bytes
