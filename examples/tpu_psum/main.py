@@ -23,7 +23,7 @@ TYPE, NUM_SLICES = "v4-16", 2
 
 def main(outputs: Path) -> None:
     """Run the whole."""
-    checkpoints = outputs / "checkpoints"
+    checkpoints = outputs.absolute() / "checkpoints"  # the hosts work in folders of their own
     checkpoints.mkdir(parents=True)
     with SimulatedSlices(TYPE, NUM_SLICES) as slices, RayClusterContext(slices.address) as cluster:
         taken: list[float] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -613,6 +614,23 @@ def test_training_goes_on_from_its_checkpoint_after_a_slice_was_lost(tpus: TpuHa
     again = next(line for line in history if line["attempt"] == 2)
     assert again["epoch"] >= 10
     assert again["loss"] < history[5]["loss"]
+
+
+def test_the_example_runs_as_its_readme_says(tmp_path: Path) -> None:
+    example = shutil.copytree(Path(__file__).parents[2] / "examples" / "tpu_psum", tmp_path / "tpu_psum")
+    assert "\npython main.py outputs\n" in (example / "README.md").read_text()
+    done = subprocess.run(
+        [sys.executable, "main.py", "outputs"],
+        cwd=example,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=DEADLINE_SECONDS,
+    )
+    assert done.returncode == 0, done.stdout
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"rank"')]
+    assert [(each["rank"], each["attempt"]) for each in results] == [(rank, 2) for rank in range(4)], done.stdout
+    assert (example / "outputs" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_former_names_do_the_same(tpus: TpuHarness) -> None:
