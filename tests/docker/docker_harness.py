@@ -98,10 +98,7 @@ class DockerHarness(ClusterHarness):
                 continue
             yield f"inspect {container['Names']}", json.dumps(inspected).encode()
             yield f"logs {container['Names']}", api.logs(container["Id"])
-            for change in api.diff(container["Id"]) or ():
-                with suppress(Exception):  # gone by now
-                    content, _ = api.get_archive(container["Id"], change["Path"])
-                    yield f"{change['Path']} in {container['Names']}", b"".join(content)
+            yield from self._written(inspected)
             with suppress(Exception):
                 yield f"processes in {container['Names']}", json.dumps(api.top(container["Id"])).encode()
             for file in Path(inspected["ResolvConfPath"]).parent.glob("*"):
@@ -116,6 +113,22 @@ class DockerHarness(ClusterHarness):
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 yield f"the arguments of process {process.pid}", "\0".join(process.cmdline()).encode()
+
+    def _written(self, inspected: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
+        """What a container has written, and what is mounted into it.
+
+        Taken from the engine's own disk where that can be read: an archive of each change asks much more of it.
+        """
+        driver = inspected.get("GraphDriver") or {}  # an engine whose images are containerd's has none
+        layer = (driver.get("Data") or {}).get("UpperDir")
+        if layer is not None and os.access(layer, os.R_OK | os.X_OK):
+            for root in (layer, *(mount["Source"] for mount in inspected["Mounts"])):
+                yield from _files(root)
+            return
+        for change in self.engine.api.diff(inspected["Id"]) or ():
+            with suppress(Exception):  # gone by now
+                content, _ = self.engine.api.get_archive(inspected["Id"], change["Path"])
+                yield f"{change['Path']} in {inspected['Name']}", b"".join(content)
 
     @contextmanager
     def interrupt_engine(self) -> Iterator[None]:
@@ -135,3 +148,12 @@ class DockerHarness(ClusterHarness):
         for cluster in self._clusters:
             cluster.close()
         self._open.close()
+
+
+def _files(root: str) -> Iterator[tuple[str, bytes]]:
+    """The names and contents of all that is below a directory, in which things may come and go meanwhile."""
+    for directory, _, names in os.walk(root):
+        for path in (Path(directory, name) for name in names):
+            with suppress(OSError):  # gone by now
+                content = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
+                yield str(path), os.fsencode(path) + b"\n" + content

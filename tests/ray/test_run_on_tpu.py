@@ -40,7 +40,7 @@ from tests.ray.tpu_harness import (
     until,
 )
 
-pytestmark = [pytest.mark.xdist_group("tpu"), pytest.mark.timeout(600)]
+pytestmark = pytest.mark.xdist_group("tpu")
 
 
 @pytest.fixture(scope="module")
@@ -584,39 +584,8 @@ def test_jax_computes_on_all_hosts_together(tpus: TpuHarness) -> None:
     assert results == [(1111, 4, rank) for rank in range(4)]
 
 
-def test_training_goes_on_from_its_checkpoint_after_a_slice_was_lost(tpus: TpuHarness, tmp_path: Path) -> None:
-    """What `examples/tpu_psum` does."""
-    example = Path(__file__).parents[2] / "examples" / "tpu_psum"
-
-    def run(ctx: Any, checkpoints: str = str(tmp_path)) -> Any:
-        from train import train  # type: ignore[import-not-found]
-
-        return train(ctx, checkpoints, seconds_per_epoch=0.1)
-
-    def preempt() -> None:
-        until((tmp_path / "epoch-00010.npz").exists, "epoch 10")
-        tpus.slices.take_away(1)
-        tpus.slices.bring_back(1)
-
-    preempting = threading.Thread(target=preempt)
-    preempting.start()
-    env = RuntimeEnv(env={"JAX_PLATFORMS": "cpu"}, working_dir=str(example))
-    results = tpus.cluster.run_on_tpu(run, tpus.config(), env)
-    preempting.join()
-    assert [each["rank"] for each in results] == [0, 1, 2, 3]
-    assert {each["attempt"] for each in results} == {2}
-    assert {each["loss"] for each in results} == {results[0]["loss"]}
-    assert results[0]["error"] < 0.02
-    history = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
-    # None was left out; the one that was under way when the slice went may be there twice.
-    assert sorted({line["epoch"] for line in history}) == list(range(60))
-    assert len(history) <= 61
-    again = next(line for line in history if line["attempt"] == 2)
-    assert again["epoch"] >= 10
-    assert again["loss"] < history[5]["loss"]
-
-
-def test_the_example_runs_as_its_readme_says(tmp_path: Path) -> None:
+def test_training_goes_on_from_its_checkpoint_after_a_slice_was_lost(tmp_path: Path) -> None:
+    """The example, run as its README says."""
     example = shutil.copytree(Path(__file__).parents[2] / "examples" / "tpu_psum", tmp_path / "tpu_psum")
     assert "\npython main.py outputs\n" in (example / "README.md").read_text()
     done = subprocess.run(
@@ -625,11 +594,22 @@ def test_the_example_runs_as_its_readme_says(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=DEADLINE_SECONDS,
+        timeout=3 * DEADLINE_SECONDS,
     )
     assert done.returncode == 0, done.stdout
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"rank"')]
-    assert [(each["rank"], each["attempt"]) for each in results] == [(rank, 2) for rank in range(4)], done.stdout
+    assert [each["rank"] for each in results] == [0, 1, 2, 3]
+    assert {each["attempt"] for each in results} == {2}
+    assert {each["loss"] for each in results} == {results[0]["loss"]}
+    assert results[0]["error"] < 0.02
+    lines = (example / "outputs" / "checkpoints" / "history.jsonl").read_text().splitlines()
+    history = [json.loads(line) for line in lines]
+    # None was left out; the one that was under way when the slice went may be there twice.
+    assert sorted({line["epoch"] for line in history}) == list(range(60))
+    assert len(history) <= 61
+    again = next(line for line in history if line["attempt"] == 2)
+    assert again["epoch"] >= 25
+    assert again["loss"] < history[5]["loss"]
     assert (example / "outputs" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
