@@ -33,6 +33,8 @@ class Proxy:
         self._released = threading.Event()
         self.has_held = threading.Event()
         self._is_cut = False
+        self._flows = threading.Event()
+        self._flows.set()
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
         self._threads: set[threading.Thread] = set()
@@ -53,6 +55,15 @@ class Proxy:
         finally:
             self._is_cut = False
 
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Hand nothing on while the context is open, and break nothing."""
+        self._flows.clear()
+        try:
+            yield
+        finally:
+            self._flows.set()
+
     def release(self) -> None:
         """Let through what is held, and hold nothing any more."""
         self._released.set()
@@ -63,6 +74,7 @@ class Proxy:
             self._is_cut = True
             self._break()
         self._released.set()
+        self._flows.set()
         self._listener.shutdown(socket.SHUT_RDWR)
         for thread in list(self._threads):
             thread.join(JOIN_SECONDS)
@@ -158,6 +170,7 @@ class Proxy:
                 if is_held is not None and not self._released.is_set() and is_held(data):
                     self.has_held.set()
                     self._released.wait()
+                self._flows.wait()
                 target.send(data)
         except OSError:  # broken: by the other side, or by us
             source.break_off()

@@ -10,9 +10,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -611,3 +611,76 @@ def test_a_secret_of_the_clients_environment_stays_out_of_the_preparation(
         assert not re.search("s3cret", " ".join(preparer.cmdline()))
     assert harness.end(job_id).status is JobStatus.SUCCEEDED
     assert harness.cluster.get_logs(job_id) == "11\n"
+
+
+# Outputs of a job that runs
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_outputs_that_shrink_while_they_are_fetched_are_fetched_again(
+    harness: DockerHarness, tmp_path: Path, times: int
+) -> None:
+    """The engine's archive breaks off there, and says nothing of it."""
+    names = ["a", "b", "c"][:times]
+    job_id, outputs = _writes(harness, f"truncate --size 512M {' '.join(names)}")
+    with ThreadPoolExecutor(1) as executor:
+        fetching = executor.submit(harness.cluster.fetch_outputs, job_id, tmp_path / "to")
+        parts: set[Path] = set()
+        for name in names:
+            with _silence_in_fetch(harness, tmp_path / "to", but_not=parts) as part:
+                os.truncate(outputs / name, 7)
+            parts.add(part)
+    if times == 1:
+        assert fetching.result() == [tmp_path / "to" / "a"]
+        assert (tmp_path / "to" / "a").stat().st_size == 7
+    else:
+        with pytest.raises(PlatformError, match="broke off 3 times"):
+            fetching.result()
+    assert not list((tmp_path / "to").glob(".*.part"))
+
+
+def test_a_fetch_that_fails_does_not_lock_its_container(harness: DockerHarness, tmp_path: Path) -> None:
+    """As it would where what the engine still has to send is neither read nor refused."""
+    job_id, _ = _writes(harness, "truncate --size 1M a; truncate --size 64M b")
+    container = harness.command_container(job_id)["Id"]
+    (tmp_path / "to" / "a" / "full").mkdir(parents=True)
+    with pytest.raises(PlatformError, match="another directory") as caught:
+        harness.cluster.fetch_outputs(job_id, tmp_path / "to")
+    assert harness.engine.inspect_container(container) is not None
+    assert caught.value, "still there, with all that its traceback holds"
+
+
+def test_an_engine_that_falls_silent_in_a_fetch_is_not_waited_for(harness: DockerHarness, tmp_path: Path) -> None:
+    job_id, _ = _writes(harness, "truncate --size 512M a")
+    with (
+        fray.connect(harness.spec, **harness.options, request_timeout_seconds=1) as hasty,
+        ThreadPoolExecutor(1) as executor,
+    ):
+        fetching = executor.submit(hasty.fetch_outputs, job_id, tmp_path / "to")
+        with _silence_in_fetch(harness, tmp_path / "to"):
+            error = fetching.exception(DEADLINE_SECONDS)
+    assert isinstance(error, ConnectionFailedError), error
+
+
+def _writes(harness: DockerHarness, command: str) -> tuple[str, Path]:
+    """Have a job write outputs, and stay; return its id and where this machine sees them."""
+    env = RuntimeEnv(container_image=harness.base_image)
+    job_id = harness.cluster.create_job(f'cd "$FRAY_OUTPUT_DIR"; {command}; echo "$PWD"; sleep 600', env)
+    harness.until_logged(job_id, b"\n")
+    root = Path("/proc", str(harness.command_container(job_id)["State"]["Pid"]), "root")
+    return job_id, root / harness.cluster.get_logs(job_id).strip().lstrip("/")
+
+
+@contextmanager
+def _silence_in_fetch(harness: DockerHarness, to: Path, *, but_not: Set[Path] = frozenset()) -> Iterator[Path]:
+    """Nothing comes through any more from the middle of a large file on; that file, as it is while it comes."""
+    found: list[Path] = []
+
+    def is_under_way() -> bool:
+        with suppress(FileNotFoundError):  # complete by now, as small ones are
+            found.extend(part for part in {*to.glob(".*.part")} - but_not if part.stat().st_size > 1 << 20)
+        return bool(found)
+
+    until(is_under_way, "a large file to come")
+    with harness.proxy.silent():
+        yield found[0]

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 import docker
 from docker.constants import DEFAULT_DOCKER_API_VERSION
-from docker.errors import APIError, DockerException, ImageNotFound, NotFound
+from docker.errors import APIError, DockerException, ImageNotFound, NotFound, create_api_error_from_http_exception
 from docker.tls import TLSConfig
 from fray.errors import (
     AuthenticationError,
@@ -170,6 +170,38 @@ class Engine:
         """Turn what requests inside meet into errors of Fray's; see `engine_errors`."""
         with engine_errors(self.endpoint):
             yield
+
+    @contextmanager
+    def stream(self, path: str, params: dict[str, Any], silence_seconds: float) -> Iterator[Iterator[bytes]]:
+        """Ask for something long, and have its pieces to read as they come; what is left unread is not sent.
+
+        docker-py's own readers make two reads of each line of a log, wait for ever for an engine that has gone without a
+        word, and leave an answer open that is not read to its end, which keeps its container locked.
+
+        Args:
+            path: What to ask for, as in `/containers/ID/logs`.
+            params: The query.
+            silence_seconds: How long the engine may send nothing before the reader gets a `ReadTimeoutError` of
+                urllib3's.
+
+        Raises:
+            docker.errors.APIError: The engine refuses.
+        """
+        import requests
+
+        response = self.api.get(
+            f"{self.api.base_url}/v{self.api.api_version}{path}",
+            params=params,
+            headers={"Accept-Encoding": "identity"},
+            stream=True,
+            timeout=(self.timeout_seconds, silence_seconds),
+        )
+        with closing(response):
+            try:
+                response.raise_for_status()
+            except requests.exceptions.HTTPError as error:
+                raise create_api_error_from_http_exception(error) from error
+            yield response.raw.stream(1 << 18, decode_content=False)
 
     def inspect_image(self, reference: str) -> dict[str, Any] | None:
         """Return what the engine knows of an image; None where it has none of that name."""

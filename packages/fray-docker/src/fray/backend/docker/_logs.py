@@ -12,6 +12,7 @@ from contextlib import closing
 from itertools import chain
 from typing import Any
 
+from docker.errors import APIError
 from fray.backend.docker._engine import ContainerGoneError, Engine
 from fray.backend.docker._frames import FrameDecoder, LogStream
 
@@ -153,22 +154,19 @@ def _items(engine: Engine, container: str, frames: int | None, follow: bool = Fa
 
 
 def _raw(engine: Engine, container: str, frames: int | None, follow: bool) -> Iterator[bytes]:
-    # docker-py's own reader makes two reads of each line; this is the same request.
     import urllib3
 
-    api = engine.api
     # Without `follow` all lines are asked for by a number: then the engine stops where the log ends now. "all" goes on
     # as long as the job writes faster than this reads.
     everything = "all" if follow else _ALL_FRAMES
     params = {"stdout": 1, "stderr": 1, "follow": int(follow), "tail": everything if frames is None else frames}
-    url = f"{api.base_url}/v{api.api_version}/containers/{container}/logs"
     with engine.errors():
-        response = api.get(url, params=params, stream=True, timeout=(engine.timeout_seconds, _SILENCE_SECONDS))
-        with closing(response):
-            if response.status_code in (404, 409):  # 409: it is being removed
-                raise ContainerGoneError(container)
-            response.raise_for_status()
-            try:
-                yield from response.raw.stream(1 << 18, decode_content=False)
-            except urllib3.exceptions.ReadTimeoutError as error:
-                raise _SilentError from error
+        try:
+            with engine.stream(f"/containers/{container}/logs", params, _SILENCE_SECONDS) as pieces:
+                yield from pieces
+        except APIError as error:
+            if error.status_code in (404, 409):  # 409: it is being removed
+                raise ContainerGoneError(container) from error
+            raise ConnectionError(error) from error  # as when it stops, or removes the container: worth another try
+        except urllib3.exceptions.ReadTimeoutError as error:
+            raise _SilentError from error

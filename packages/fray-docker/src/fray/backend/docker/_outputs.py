@@ -7,6 +7,7 @@ import secrets
 import shutil
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
@@ -17,21 +18,44 @@ from fray.errors import PlatformError
 __all__ = ["fetch_outputs"]
 
 
+_ATTEMPTS = 3
+# A tar ends with two blocks of zeros.
+_END_BYTES = 1024
+
+
 def fetch_outputs(engine: Engine, container: str, outputs: str, destination: Path) -> list[Path]:
     """Copy a directory of a container below a destination, each file in place of what is there under its name.
 
     Symbolic links stay what they are.
 
     Raises:
-        PlatformError: The destination cannot be written to.
+        PlatformError: The destination cannot be written to, or the engine's archive of the directory breaks off, as it
+            does where a file shrinks while it is read.
     """
+    for _ in range(_ATTEMPTS):
+        with suppress(_IncompleteError), engine.errors():
+            try:
+                with engine.stream(
+                    f"/containers/{container}/archive", {"path": outputs}, engine.timeout_seconds
+                ) as pieces:
+                    return _unpack(pieces, destination)
+            except NotFound:
+                return []
+    raise PlatformError(
+        f"the outputs cannot be fetched: the engine's archive of them broke off {_ATTEMPTS} times, as it does where a "
+        "file shrinks while it is read: fetch them when the job does not write to them"
+    )
+
+
+class _IncompleteError(Exception):
+    """An archive ends before its end."""
+
+
+def _unpack(pieces: Iterator[bytes], destination: Path) -> list[Path]:
     fetched = []
-    with engine.errors():
-        try:
-            chunks, _ = engine.api.get_archive(container, outputs, chunk_size=1 << 18)
-        except NotFound:
-            return []
-        with tarfile.open(fileobj=cast("IO[bytes]", _Stream(chunks)), mode="r|") as archive:
+    source = _Source(pieces)
+    try:
+        with tarfile.open(fileobj=cast("IO[bytes]", source), mode="r|") as archive:
             for member in archive:
                 # The archive's names begin with the directory's own.
                 inside = PurePosixPath(*PurePosixPath(member.name).parts[1:])
@@ -60,6 +84,10 @@ def fetch_outputs(engine: Engine, container: str, outputs: str, destination: Pat
                         f"outputs cannot be fetched to {str(destination)!r}: {error.strerror or error}: fetch them to "
                         "another directory"
                     ) from error
+    except tarfile.ReadError as error:
+        raise _IncompleteError from error
+    if not source.has_ended():
+        raise _IncompleteError
     return sorted(fetched)
 
 
@@ -85,18 +113,26 @@ def _link(target: str, copy: Path) -> None:
     os.replace(temporary, copy)
 
 
-class _Stream:
-    """A file to read from, of pieces as they come."""
+class _Source:
+    """An archive to read from, of pieces as they come."""
 
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks = iter(chunks)
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
         self._rest = b""
+        self._last = b""
 
     def read(self, size: int) -> bytes:
         parts, have = [self._rest], len(self._rest)
-        while have < size and (chunk := next(self._chunks, b"")):
-            parts.append(chunk)
-            have += len(chunk)
+        while have < size and (piece := next(self._pieces, b"")):
+            parts.append(piece)
+            have += len(piece)
+            self._last = (self._last + piece[-_END_BYTES:])[-_END_BYTES:]
         content = b"".join(parts)
         self._rest = content[size:]
         return content[:size]
+
+    def has_ended(self) -> bool:
+        """Whether the archive has an end of its own: that nothing more comes does not say that it is whole."""
+        while self.read(1 << 18):
+            pass
+        return self._last == bytes(_END_BYTES)
