@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -320,6 +321,16 @@ def test_without_rays_log_service_its_own_log_is_read(harness: RayHarness, monke
     lines = harness.lines(job_id)
     assert [line for line in lines if line in ("one", "two")] == ["one", "two"]
     assert harness.cluster.get_logs(job_id).splitlines() == lines
+
+
+def test_a_file_that_takes_longer_than_ray_gives_an_answer_comes_whole(harness: RayHarness) -> None:
+    from ray.util.state.common import DEFAULT_RPC_TIMEOUT
+
+    known = harness.cluster._known(harness.run('truncate --size 256M "$FRAY_OUTPUT_DIR/a"').id)  # type: ignore[attr-defined]
+    pieces = harness.cluster._rest.read_file(known.details.driver_node_id, f"{known.folder}/outputs/a")  # type: ignore[attr-defined]
+    size = len(next(pieces))
+    time.sleep(DEFAULT_RPC_TIMEOUT + 2)
+    assert size + sum(len(piece) for piece in pieces) == 256 << 20
 
 
 # The job and its surroundings

@@ -26,6 +26,8 @@ _CONNECT_SECONDS = 5.0
 _UPLOAD_SECONDS = 600.0
 _SUBMIT_SECONDS = 60.0
 _PAUSE_SECONDS = 0.5
+# Ray breaks the answer off after this time, 30 s where it is not told, however much is still to come.
+_FILE_SECONDS = 7 * 24 * 3600
 # What Ray says where the head's agent is not there after ten seconds.
 _NO_AGENT = "No available agent to submit job"
 
@@ -155,7 +157,7 @@ class RayRest:
 
     def read_file(self, node_id: str, name: str) -> Iterator[bytes]:
         """Yield what is in a file below a node's log folder."""
-        with self._errors(), closing(self._open("file", node_id, name)) as answer:
+        with self._errors(), closing(self._open("file", node_id, name, timeout=str(_FILE_SECONDS))) as answer:
             yield from answer.iter_content(None)
 
     def follow_file(self, node_id: str, name: str, seconds: float) -> Stream:
