@@ -7,8 +7,10 @@ import os
 import shutil
 import subprocess
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from docker.errors import NotFound
 from fray.backend.docker import _buildkit
 from fray.backend.docker._context import Context
 from fray.backend.docker._engine import Engine
+from fray.backend.docker._registry import push
 from fray.backend.docker._request import BuildRequest
 from fray.backend.docker.images import FrozenBuild, ImageBuilder, ImageRef, build_frozen, index_settings
 from fray.errors import (
@@ -473,6 +476,20 @@ def test_what_is_frozen_is_built_as_it_was(
 def test_a_base_that_is_nowhere(make: Make, project: Path) -> None:
     with pytest.raises(PlatformError, match=r"fray-test/no-such-base:1.*docker pull"):
         make(project, base_image="127.0.0.1:1/fray-test/no-such-base:1").plan()
+
+
+def test_a_push_waits_for_a_registry_that_says_nothing_for_longer_than_the_engine_may(
+    engine: Engine, shell_image: str, registry: Registry
+) -> None:
+    with registry.stalled() as stalled, engine.own_client(1) as hasty, ThreadPoolExecutor(1) as executor:
+        repository = f"{stalled.stalled_address}/team/slow"
+        engine.api.tag(shell_image, repository, "1")
+        pushing = executor.submit(push, hasty, repository, "1", lambda said: None)
+        assert stalled.has_held.wait(60)
+        time.sleep(3)
+        stalled.release()
+        assert pushing.result(60).startswith("sha256:")
+        engine.api.remove_image(f"{repository}:1")
 
 
 def test_a_pushed_image_is_pulled_by_digest_and_is_a_base_that_is_not_here(

@@ -7,7 +7,7 @@ import re
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from docker.errors import APIError
@@ -43,7 +43,7 @@ def build_classic(
     tail: deque[str] = deque(maxlen=SHOWN_LINES)
     step = layer = ""
     # A client of its own: to end the build, its connection is cut.
-    with tempfile.TemporaryFile() as archive, _own_client(engine) as own, _Connection(own, cancel) as connection:
+    with tempfile.TemporaryFile() as archive, engine.own_client() as own, _Connection(own, cancel) as connection:
         request.context.write_tar(archive)
         archive.seek(0)
         try:
@@ -96,15 +96,6 @@ def _remove_half(engine: Engine, layer: str) -> None:
             engine.api.wait(container["Id"], timeout=_REMOVAL_SECONDS, condition="removed")
     with contextlib.suppress(APIError):  # another build goes on from it
         engine.api.remove_image(found["Id"])
-
-
-@contextlib.contextmanager
-def _own_client(engine: Engine) -> Iterator[Engine]:
-    own = Engine(engine.endpoint)
-    try:
-        yield own
-    finally:
-        own.close()
 
 
 class _Connection:

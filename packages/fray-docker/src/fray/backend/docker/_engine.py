@@ -175,7 +175,7 @@ class Engine:
     def stream(self, path: str, params: dict[str, Any], silence_seconds: float) -> Iterator[Iterator[bytes]]:
         """Ask for something long, and have its pieces to read as they come; what is left unread is not sent.
 
-        docker-py's own readers make two reads of each line of a log, wait for ever for an engine that has gone without a
+        docker-py's own readers make two reads of each line of a log, wait for ever for an engine that went without a
         word, and leave an answer open that is not read to its end, which keeps its container locked.
 
         Args:
@@ -253,6 +253,15 @@ class Engine:
             except APIError as error:
                 if error.status_code not in (404, 409):  # it does not run
                     raise
+
+    @contextmanager
+    def own_client(self, timeout_seconds: float | None = None) -> Iterator[Engine]:
+        """Have another client for the same engine, with connections of its own, closed at the end."""
+        own = Engine(self.endpoint, timeout_seconds or self.timeout_seconds)
+        try:
+            yield own
+        finally:
+            own.close()
 
     def close(self) -> None:
         """Close the connections."""

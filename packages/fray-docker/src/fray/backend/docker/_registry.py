@@ -13,6 +13,9 @@ from fray.errors import AuthenticationError, ConnectionFailedError, PlatformErro
 
 __all__ = ["pull", "push", "registry_error"]
 
+# How long an engine may say nothing in a push: it does so as the registry puts a large layer away.
+_PUSH_SECONDS = 3600.0
+
 _DENIED = re.compile(
     r"unauthori[sz]ed|authentication required|no basic auth|denied|incorrect username or password|"
     r"credentials|forbidden|\b40[13]\b",
@@ -34,8 +37,8 @@ def push(engine: Engine, repository: str, tag: str, on_progress: Callable[[str],
         PlatformError: Anything else that it says.
     """
     digest = ""
-    with engine.errors():
-        events: Iterable[dict[str, Any]] = engine.api.push(repository, tag=tag, stream=True, decode=True)
+    with engine.errors(), engine.own_client(_PUSH_SECONDS) as own:
+        events: Iterable[dict[str, Any]] = own.api.push(repository, tag=tag, stream=True, decode=True)
         for event in _follow(events, f"pushing {repository}:{tag}", on_progress):
             aux = event.get("aux")
             if isinstance(aux, dict) and aux.get("Digest"):
