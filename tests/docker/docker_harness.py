@@ -115,14 +115,15 @@ class DockerHarness(ClusterHarness):
                 yield f"the arguments of process {process.pid}", "\0".join(process.cmdline()).encode()
 
     def _written(self, inspected: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
-        """What a container has written, and what is mounted into it.
+        """What a container has written, and what is in its volumes.
 
         Taken from the engine's own disk where that can be read: an archive of each change asks much more of it.
         """
         driver = inspected.get("GraphDriver") or {}  # an engine whose images are containerd's has none
         layer = (driver.get("Data") or {}).get("UpperDir")
         if layer is not None and os.access(layer, os.R_OK | os.X_OK):
-            for root in (layer, *(mount["Source"] for mount in inspected["Mounts"])):
+            volumes = [mount["Source"] for mount in inspected["Mounts"] if mount["Type"] == "volume"]
+            for root in (layer, *volumes):
                 yield from _files(root)
             return
         for change in self.engine.api.diff(inspected["Id"]) or ():
@@ -152,8 +153,18 @@ class DockerHarness(ClusterHarness):
 
 def _files(root: str) -> Iterator[tuple[str, bytes]]:
     """The names and contents of all that is below a directory, in which things may come and go meanwhile."""
-    for directory, _, names in os.walk(root):
-        for path in (Path(directory, name) for name in names):
-            with suppress(OSError):  # gone by now
-                content = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
-                yield str(path), os.fsencode(path) + b"\n" + content
+
+    def must_be_gone(error: OSError) -> None:
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            raise error
+
+    for directory, directories, files in os.walk(root, onerror=must_be_gone):
+        for path in (Path(directory, name) for name in (*directories, *files)):
+            try:
+                content = os.fsencode(os.readlink(path)) if path.is_symlink() else b""
+                if path.is_file() and not path.is_symlink():
+                    content = path.read_bytes()
+            except OSError as error:
+                must_be_gone(error)
+                continue
+            yield str(path), os.fsencode(path) + b"\n" + content

@@ -33,6 +33,8 @@ class Proxy:
         self._released = threading.Event()
         self.has_held = threading.Event()
         self._is_cut = False
+        self._left: int | None = None
+        self._is_silent = threading.Event()
         self._flows = threading.Event()
         self._flows.set()
         self._lock = threading.Lock()
@@ -56,12 +58,19 @@ class Proxy:
             self._is_cut = False
 
     @contextmanager
-    def silent(self) -> Iterator[None]:
-        """Hand nothing on while the context is open, and break nothing."""
-        self._flows.clear()
+    def silent(self, after_bytes: int) -> Iterator[threading.Event]:
+        """Hand no more of the answers on than so much while the context is open, and break nothing.
+
+        The event it gives is set when somebody waits for more.
+        """
+        is_silent = threading.Event()
+        with self._lock:
+            self._left, self._is_silent = after_bytes, is_silent
         try:
-            yield
+            yield is_silent
         finally:
+            with self._lock:
+                self._left = None
             self._flows.set()
 
     def release(self) -> None:
@@ -170,7 +179,8 @@ class Proxy:
                 if is_held is not None and not self._released.is_set() and is_held(data):
                     self.has_held.set()
                     self._released.wait()
-                self._flows.wait()
+                if is_held is None:
+                    self._wait_for_flow(len(data))
                 target.send(data)
         except OSError:  # broken: by the other side, or by us
             source.break_off()
@@ -178,6 +188,15 @@ class Proxy:
         else:
             with suppress(OSError):
                 target.end()
+
+    def _wait_for_flow(self, size: int) -> None:
+        with self._lock:
+            if self._left is not None:
+                self._left -= size
+                if self._left < 0:
+                    self._flows.clear()
+                    self._is_silent.set()
+        self._flows.wait()
 
 
 class TlsProxy(Proxy):

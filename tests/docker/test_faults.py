@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import re
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import psutil
 import pytest
 
 import fray
+from fray.backend.docker import _outputs
 from fray.backend.docker._engine import Engine
 from fray.backend.docker.cluster import DockerClusterContext
 from fray.errors import ConnectionFailedError, InvalidValueError, JobExistsError, JobNotFoundError, PlatformError
@@ -616,27 +619,39 @@ def test_a_secret_of_the_clients_environment_stays_out_of_the_preparation(
 # Outputs of a job that runs
 
 
-@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("attempts", [3, 1])
 def test_outputs_that_shrink_while_they_are_fetched_are_fetched_again(
-    harness: DockerHarness, tmp_path: Path, times: int
+    harness: DockerHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attempts: int
 ) -> None:
     """The engine's archive breaks off there, and says nothing of it."""
-    names = ["a", "b", "c"][:times]
-    job_id, outputs = _writes(harness, f"truncate --size 512M {' '.join(names)}")
-    with ThreadPoolExecutor(1) as executor:
+    monkeypatch.setattr(_outputs, "_ATTEMPTS", attempts)
+    job_id, outputs = _writes(harness, "truncate --size 64M a")
+    with ThreadPoolExecutor(1) as executor, harness.proxy.silent(after_bytes=1 << 20) as is_silent:
         fetching = executor.submit(harness.cluster.fetch_outputs, job_id, tmp_path / "to")
-        parts: set[Path] = set()
-        for name in names:
-            with _silence_in_fetch(harness, tmp_path / "to", but_not=parts) as part:
-                os.truncate(outputs / name, 7)
-            parts.add(part)
-    if times == 1:
+        assert is_silent.wait(DEADLINE_SECONDS)
+        os.truncate(outputs / "a", 7)
+    if attempts == 1:
+        with pytest.raises(PlatformError, match="broke off"):
+            fetching.result()
+    else:
         assert fetching.result() == [tmp_path / "to" / "a"]
         assert (tmp_path / "to" / "a").stat().st_size == 7
-    else:
-        with pytest.raises(PlatformError, match="broke off 3 times"):
-            fetching.result()
     assert not list((tmp_path / "to").glob(".*.part"))
+
+
+def test_an_archive_without_its_end_is_not_taken_for_whole(tmp_path: Path) -> None:
+    whole = io.BytesIO()
+    with tarfile.open(fileobj=whole, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name in ("outputs/a", "outputs/b"):
+            member = tarfile.TarInfo(name)
+            member.size = 512
+            archive.addfile(member, io.BytesIO(b"x" * 512))
+    content = whole.getvalue()
+    assert _outputs._unpack(iter([content]), tmp_path) == [tmp_path / "a", tmp_path / "b"]
+    assert _outputs._unpack(iter([content[:700], content[700:]]), tmp_path) == [tmp_path / "a", tmp_path / "b"]
+    for size in (0, 512, 600, 1024, 1536, 2048, 2560):
+        with pytest.raises(_outputs._IncompleteError):
+            _outputs._unpack(iter([content[:size]]), tmp_path)
 
 
 def test_a_fetch_that_fails_does_not_lock_its_container(harness: DockerHarness, tmp_path: Path) -> None:
@@ -650,37 +665,22 @@ def test_a_fetch_that_fails_does_not_lock_its_container(harness: DockerHarness, 
     assert caught.value, "still there, with all that its traceback holds"
 
 
-def test_an_engine_that_falls_silent_in_a_fetch_is_not_waited_for(harness: DockerHarness, tmp_path: Path) -> None:
-    job_id, _ = _writes(harness, "truncate --size 512M a")
-    with (
-        fray.connect(harness.spec, **harness.options, request_timeout_seconds=1) as hasty,
-        ThreadPoolExecutor(1) as executor,
-    ):
-        fetching = executor.submit(hasty.fetch_outputs, job_id, tmp_path / "to")
-        with _silence_in_fetch(harness, tmp_path / "to"):
-            error = fetching.exception(DEADLINE_SECONDS)
-    assert isinstance(error, ConnectionFailedError), error
+@pytest.mark.parametrize("what", ["outputs", "log"])
+def test_an_engine_that_falls_silent_in_an_answer_is_not_waited_for(
+    harness: DockerHarness, tmp_path: Path, what: str
+) -> None:
+    job_id, _ = _writes(harness, "truncate --size 64M a; head -c 8000000 /dev/zero | base64 --wrap 1000")
+    with fray.connect(harness.spec, **harness.options, request_timeout_seconds=3) as hasty:
+        asked = {"outputs": lambda: hasty.fetch_outputs(job_id, tmp_path / "to"), "log": lambda: hasty.get_logs(job_id)}
+        with harness.proxy.silent(after_bytes=1 << 20) as is_silent, pytest.raises(ConnectionFailedError):
+            asked[what]()
+        assert is_silent.is_set()
 
 
 def _writes(harness: DockerHarness, command: str) -> tuple[str, Path]:
     """Have a job write outputs, and stay; return its id and where this machine sees them."""
     env = RuntimeEnv(container_image=harness.base_image)
-    job_id = harness.cluster.create_job(f'cd "$FRAY_OUTPUT_DIR"; {command}; echo "$PWD"; sleep 600', env)
-    harness.until_logged(job_id, b"\n")
+    job_id = harness.cluster.create_job(f'cd "$FRAY_OUTPUT_DIR"; echo "$PWD"; {command}; echo written; sleep 600', env)
+    harness.until_logged(job_id, b"written\n")
     root = Path("/proc", str(harness.command_container(job_id)["State"]["Pid"]), "root")
-    return job_id, root / harness.cluster.get_logs(job_id).strip().lstrip("/")
-
-
-@contextmanager
-def _silence_in_fetch(harness: DockerHarness, to: Path, *, but_not: Set[Path] = frozenset()) -> Iterator[Path]:
-    """Nothing comes through any more from the middle of a large file on; that file, as it is while it comes."""
-    found: list[Path] = []
-
-    def is_under_way() -> bool:
-        with suppress(FileNotFoundError):  # complete by now, as small ones are
-            found.extend(part for part in {*to.glob(".*.part")} - but_not if part.stat().st_size > 1 << 20)
-        return bool(found)
-
-    until(is_under_way, "a large file to come")
-    with harness.proxy.silent():
-        yield found[0]
+    return job_id, root / harness.cluster.get_logs(job_id).split("\n", 1)[0].lstrip("/")

@@ -484,12 +484,14 @@ def test_a_push_waits_for_a_registry_that_says_nothing_for_longer_than_the_engin
     with registry.stalled() as stalled, engine.own_client(1) as hasty, ThreadPoolExecutor(1) as executor:
         repository = f"{stalled.stalled_address}/team/slow"
         engine.api.tag(shell_image, repository, "1")
-        pushing = executor.submit(push, hasty, repository, "1", lambda said: None)
-        assert stalled.has_held.wait(60)
-        time.sleep(3)
-        stalled.release()
-        assert pushing.result(60).startswith("sha256:")
-        engine.api.remove_image(f"{repository}:1")
+        try:
+            pushing = executor.submit(push, hasty, repository, "1", lambda said: None)
+            assert stalled.has_held.wait(60)
+            time.sleep(3)
+            stalled.release()
+            assert pushing.result(60).startswith("sha256:")
+        finally:
+            engine.api.remove_image(f"{repository}:1")
 
 
 def test_a_pushed_image_is_pulled_by_digest_and_is_a_base_that_is_not_here(

@@ -586,17 +586,17 @@ def test_jax_computes_on_all_hosts_together(tpus: TpuHarness) -> None:
 
 def test_training_goes_on_from_its_checkpoint_after_a_slice_was_lost(tmp_path: Path) -> None:
     """The example, run as its README says."""
-    example = shutil.copytree(Path(__file__).parents[2] / "examples" / "tpu_psum", tmp_path / "tpu_psum")
+    there = Path(__file__).parents[2] / "examples" / "tpu_psum"
+    example = shutil.copytree(there, tmp_path / "tpu_psum", ignore=shutil.ignore_patterns("outputs", "__pycache__"))
     assert "\npython main.py outputs\n" in (example / "README.md").read_text()
     done = subprocess.run(
         [sys.executable, "main.py", "outputs"],
         cwd=example,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        capture_output=True,
         text=True,
         timeout=3 * DEADLINE_SECONDS,
     )
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"rank"')]
     assert [each["rank"] for each in results] == [0, 1, 2, 3]
     assert {each["attempt"] for each in results} == {2}

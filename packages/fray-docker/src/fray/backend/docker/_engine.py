@@ -182,15 +182,15 @@ class Engine:
             path: What to ask for, as in `/containers/ID/logs`.
             params: The query.
             silence_seconds: How long the engine may send nothing before the reader gets a `ReadTimeoutError` of
-                urllib3's.
+                urllib3's. To begin its answer it has as long, and requests says so.
 
         Raises:
             docker.errors.APIError: The engine refuses.
         """
         import requests
 
-        response = self.api.get(
-            f"{self.api.base_url}/v{self.api.api_version}{path}",
+        response = self.api._get(  # with what docker's configuration says of headers
+            self.api._url(path),
             params=params,
             headers={"Accept-Encoding": "identity"},
             stream=True,
@@ -258,6 +258,7 @@ class Engine:
     def own_client(self, timeout_seconds: float | None = None) -> Iterator[Engine]:
         """Have another client for the same engine, with connections of its own, closed at the end."""
         own = Engine(self.endpoint, timeout_seconds or self.timeout_seconds)
+        own.version = self.version
         try:
             yield own
         finally:

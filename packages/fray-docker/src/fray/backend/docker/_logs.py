@@ -143,7 +143,7 @@ def _beyond(count: int, items: Iterator[Item]) -> Iterator[Item]:
 
 
 class _SilentError(Exception):
-    """Nothing came for a while."""
+    """Nothing came for a while from a log that is followed."""
 
 
 def _items(engine: Engine, container: str, frames: int | None, follow: bool = False) -> Generator[Item]:
@@ -160,13 +160,18 @@ def _raw(engine: Engine, container: str, frames: int | None, follow: bool) -> It
     # as long as the job writes faster than this reads.
     everything = "all" if follow else _ALL_FRAMES
     params = {"stdout": 1, "stderr": 1, "follow": int(follow), "tail": everything if frames is None else frames}
+    silence_seconds = _SILENCE_SECONDS if follow else engine.timeout_seconds
     with engine.errors():
         try:
-            with engine.stream(f"/containers/{container}/logs", params, _SILENCE_SECONDS) as pieces:
+            with engine.stream(f"/containers/{container}/logs", params, silence_seconds) as pieces:
                 yield from pieces
         except APIError as error:
             if error.status_code in (404, 409):  # 409: it is being removed
                 raise ContainerGoneError(container) from error
+            if (error.status_code or 0) < 500:
+                raise
             raise ConnectionError(error) from error  # as when it stops, or removes the container: worth another try
         except urllib3.exceptions.ReadTimeoutError as error:
+            if not follow:
+                raise
             raise _SilentError from error

@@ -27,7 +27,7 @@ _UPLOAD_SECONDS = 600.0
 _SUBMIT_SECONDS = 60.0
 _PAUSE_SECONDS = 0.5
 # Ray breaks the answer off after this time, 30 s where it is not told, however much is still to come.
-_FILE_SECONDS = 7 * 24 * 3600
+_FILE_SECONDS = 24 * 3600
 # What Ray says where the head's agent is not there after ten seconds.
 _NO_AGENT = "No available agent to submit job"
 
