@@ -189,8 +189,9 @@ class Engine:
         """
         import requests
 
-        response = self.api._get(  # with what docker's configuration says of headers
-            self.api._url(path),
+        api: Any = self.api  # by its own way of asking, which sends the headers that docker's configuration has
+        response = api._get(
+            api._url(path),
             params=params,
             headers={"Accept-Encoding": "identity"},
             stream=True,
