@@ -86,8 +86,12 @@ def succeeds_saying(cluster: DockerClusterContext, said: str, env: RuntimeEnv) -
 # The engine
 
 
-# The pause is for whoever ends the engine: what it has read and not written yet as it is killed is lost.
-TICKS = "i=0; while [ $i -lt 60 ]; do echo line $i; sleep 0.05; i=$((i+1)); [ $i -ne 10 ] || sleep 8; done"
+# The pause is for whoever ends the engine: what it has read and not written yet as it is killed is lost. So is what it
+# has not read yet of a job that ends before it is back.
+TICKS = (
+    "i=0; while [ $i -lt 60 ]; do echo line $i; sleep 0.05; i=$((i+1)); [ $i -ne 10 ] || sleep 8; done; "
+    "until [ -e /is-back ]; do sleep 0.1; done; echo back"
+)
 
 
 @pytest.mark.parametrize("way", ["stop", "kill"])
@@ -104,10 +108,13 @@ def test_a_job_and_its_log_go_on_while_the_engine_is_away(
         getattr(own, way)()
         time.sleep(9)  # it writes while nobody takes it
         own.start()
+        api = cluster._engine.api
+        (container,) = api.containers(filters={"label": f"fray.job={job_id}"})
+        api.exec_start(api.exec_create(container["Id"], ["sh", "-c", ": > /is-back"])["Id"])
         info = cluster.wait(job_id, DEADLINE_SECONDS)
         assert info.status is JobStatus.SUCCEEDED
         thread.join(DEADLINE_SECONDS)
-        assert lines == [f"line {i}" for i in range(60)]
+        assert lines == [*(f"line {i}" for i in range(60)), "back"]
         assert cluster.get_logs(job_id).splitlines() == lines
     own.close()
 
