@@ -161,9 +161,10 @@ def _files(root: str) -> Iterator[tuple[str, bytes]]:
     for directory, directories, files in os.walk(root, onerror=must_be_gone):
         for path in (Path(directory, name) for name in (*directories, *files)):
             try:
-                content = os.fsencode(os.readlink(path)) if path.is_symlink() else b""
-                if path.is_file() and not path.is_symlink():
-                    content = path.read_bytes()
+                if path.is_symlink():
+                    content = os.fsencode(path.readlink())
+                else:
+                    content = path.read_bytes() if path.is_file() else b""
             except OSError as error:
                 must_be_gone(error)
                 continue

@@ -280,8 +280,14 @@ def test_outputs_are_kept_inside_their_destination(harness: DockerHarness, tmp_p
     assert (to / "file").stat().st_mode & 0o100
     (to / "empty").rmdir()
     (to / "empty").symlink_to(tmp_path)
+    (tmp_path / "outside").write_text("outside")
+    for name in ("file", "hard"):
+        (to / name).unlink()
+        (to / name).symlink_to(tmp_path / "outside")
     harness.cluster.fetch_outputs(info.id, to)
     assert not (to / "empty").is_symlink(), "nothing is written through a link"
+    assert (tmp_path / "outside").read_text() == "outside"
+    assert (to / "hard").read_text() == "in\n"
 
 
 def test_a_shell_is_enough(harness: DockerHarness, shell_image: str) -> None:

@@ -18,11 +18,13 @@ from typing import Any, Literal, Self, TypeVar
 
 from fray.errors import (
     ConnectionFailedError,
+    FrayError,
     InvalidValueError,
     JobExistsError,
     JobFailedError,
     JobNotFinishedError,
     JobNotFoundError,
+    PlatformError,
     UnsupportedError,
     WaitTimeoutError,
 )
@@ -297,6 +299,7 @@ class ClusterContext(ABC):
         Raises:
             UnsupportedError: This backend has no outputs.
             InvalidValueError: `destination` exists and is no directory.
+            PlatformError: It cannot be written to.
         """
         check_job_id(job_id)
         if not self.capabilities.outputs:
@@ -304,7 +307,15 @@ class ClusterContext(ABC):
         target = Path(destination)
         if target.exists() and not target.is_dir():
             raise InvalidValueError(f"the destination {str(target)!r} is no directory")
-        return self._retry(lambda: self._fetch_outputs(job_id, target))
+        try:
+            return self._retry(lambda: self._fetch_outputs(job_id, target))
+        except FrayError:
+            raise
+        except OSError as error:
+            raise PlatformError(
+                f"the outputs of job {job_id} cannot be fetched to {str(target)!r}: {error.strerror or error}: "
+                "fetch them to another directory"
+            ) from error
 
     def run_on_tpu(
         self, fn: Callable[..., Any], config: TpuRunConfig, runtime_env: RuntimeEnv | None = None
@@ -398,7 +409,7 @@ class ClusterContext(ABC):
             time.sleep(pause if left is None else min(pause, left))
 
     def _fetch_outputs(self, job_id: str, destination: Path) -> list[Path]:
-        """Copy the outputs. @plugin-dev: needed with the capability `outputs`."""
+        """Copy the outputs. @plugin-dev: needed with the capability `outputs`; an `OSError` is the destination's."""
         raise NotImplementedError
 
     # Behind the front

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["held", "is_locked", "machine_digest", "taken", "write_all", "write_durably"]
+__all__ = ["held", "is_locked", "machine_digest", "replacing", "taken", "write_all", "write_durably"]
 
 
 def machine_digest() -> str:
@@ -64,6 +65,21 @@ def held(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a name to write a file or a link by; it takes the place of `path` in one step, or where it fails, is gone.
+
+    The directory that it is to be in is made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:

@@ -37,6 +37,7 @@ from fray.errors import (
     JobFailedError,
     JobNotFinishedError,
     JobNotFoundError,
+    PlatformError,
     UnsupportedError,
     WaitTimeoutError,
 )
@@ -854,6 +855,9 @@ cluster.purge_job(job_id)
         assert sorted(fetched) == [destination / "b c.txt", destination / "deep" / "er" / "a.bin"]
         assert (destination / "deep" / "er" / "a.bin").read_bytes() == b"\0\xff"
         assert harness.cluster.fetch_outputs(harness.run("true").id, tmp_path / "none") == []
+        (tmp_path / "taken" / "b c.txt" / "full").mkdir(parents=True)
+        with pytest.raises(PlatformError, match="another directory"):
+            harness.cluster.fetch_outputs(info.id, tmp_path / "taken")
 
     @cites(14)
     def test_options_are_honoured_or_refused(self, harness: ClusterHarness) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import shutil
 import tarfile
 from collections.abc import Iterator
@@ -14,9 +12,9 @@ from typing import IO, cast
 from docker.errors import NotFound
 from fray.backend.docker._engine import Engine
 from fray.errors import PlatformError
+from fray.state import replacing
 
 __all__ = ["fetch_outputs"]
-
 
 _ATTEMPTS = 3
 # A tar ends with two blocks of zeros.
@@ -29,8 +27,9 @@ def fetch_outputs(engine: Engine, container: str, outputs: str, destination: Pat
     Symbolic links stay what they are.
 
     Raises:
-        PlatformError: The destination cannot be written to, or the engine's archive of the directory breaks off, as it
-            does where a file shrinks while it is read.
+        PlatformError: The engine's archive of the directory breaks off, as it does where a file shrinks while it is
+            read.
+        OSError: The destination cannot be written to.
     """
     for _ in range(_ATTEMPTS):
         with suppress(_IncompleteError), engine.errors():
@@ -62,28 +61,24 @@ def _unpack(pieces: Iterator[bytes], destination: Path) -> list[Path]:
                 if inside.is_absolute() or ".." in inside.parts:
                     continue
                 copy = destination / inside
-                try:
-                    if member.isdir():
-                        if copy.is_symlink():
-                            copy.unlink()  # of an earlier fetch: what it leads to is not the job's
-                        copy.mkdir(parents=True, exist_ok=True)
-                    elif member.issym():
-                        _link(member.linkname, copy)
+                if member.isdir():
+                    if copy.is_symlink():
+                        copy.unlink()  # of an earlier fetch: what it leads to is not the job's
+                    copy.mkdir(parents=True, exist_ok=True)
+                elif member.issym():
+                    with replacing(copy) as new:
+                        new.symlink_to(member.linkname)
+                    fetched.append(copy)
+                elif member.islnk():
+                    # Another name of a file that came before.
+                    other = destination / PurePosixPath(*PurePosixPath(member.linkname).parts[1:])
+                    if other in fetched:
+                        with replacing(copy) as new:
+                            shutil.copy2(other, new)
                         fetched.append(copy)
-                    elif member.islnk():
-                        # Another name of a file that came before.
-                        other = destination / PurePosixPath(*PurePosixPath(member.linkname).parts[1:])
-                        if other in fetched:
-                            shutil.copy2(other, copy)
-                            fetched.append(copy)
-                    elif member.isreg():
-                        _write(archive, member, copy)
-                        fetched.append(copy)
-                except OSError as error:
-                    raise PlatformError(
-                        f"outputs cannot be fetched to {str(destination)!r}: {error.strerror or error}: fetch them to "
-                        "another directory"
-                    ) from error
+                elif member.isreg():
+                    _write(archive, member, copy)
+                    fetched.append(copy)
     except tarfile.ReadError as error:
         raise _IncompleteError from error
     if not source.has_ended():
@@ -92,25 +87,13 @@ def _unpack(pieces: Iterator[bytes], destination: Path) -> list[Path]:
 
 
 def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, copy: Path) -> None:
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    temporary = copy.with_name(f".{secrets.token_hex(8)}.part")
     content = archive.extractfile(member)
     assert content is not None
-    try:
-        with temporary.open("wb") as file:
+    with replacing(copy) as new:
+        with new.open("wb") as file:
             shutil.copyfileobj(content, file, 1 << 20)
         if member.mode & 0o100:
-            temporary.chmod(0o755)
-        os.replace(temporary, copy)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _link(target: str, copy: Path) -> None:
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    temporary = copy.with_name(f".{secrets.token_hex(8)}.part")
-    temporary.symlink_to(target)
-    os.replace(temporary, copy)
+            new.chmod(0o755)
 
 
 class _Source:

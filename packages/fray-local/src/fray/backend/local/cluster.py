@@ -26,6 +26,7 @@ from fray.cluster import Capabilities, ClusterContext, JobPlan, JobRequest
 from fray.detached import reap_launchers
 from fray.errors import InvalidValueError, PlatformError, UnsupportedError
 from fray.request import current_owner
+from fray.state import replacing
 from fray.types import JobInfo, JobStatus, RuntimeEnv, TpuRunConfig, check_seconds
 
 __all__ = ["SubprocessClusterContext"]
@@ -228,22 +229,16 @@ class SubprocessClusterContext(ClusterContext):
         self._store.read(job_id)
         source = self._store.paths.job(job_id).outputs
         fetched: list[Path] = []
-        try:
-            destination.mkdir(parents=True, exist_ok=True)
-            for folder, subfolders, files in os.walk(source):
-                below = Path(folder).relative_to(source)
-                for name in sorted(files) + [name for name in subfolders if Path(folder, name).is_symlink()]:
-                    origin, copy = Path(folder, name), destination / below / name
-                    if (origin.is_symlink() or origin.is_file()) and _copy(origin, copy):
-                        fetched.append(copy)
-                for name in subfolders:
-                    if not Path(folder, name).is_symlink():
-                        (destination / below / name).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise PlatformError(
-                f"the outputs of job {job_id} cannot be fetched to {str(destination)!r}: {error.strerror or error}: "
-                "fetch them to another directory"
-            ) from error
+        destination.mkdir(parents=True, exist_ok=True)
+        for folder, subfolders, files in os.walk(source):
+            below = Path(folder).relative_to(source)
+            for name in sorted(files) + [name for name in subfolders if Path(folder, name).is_symlink()]:
+                origin, copy = Path(folder, name), destination / below / name
+                if (origin.is_symlink() or origin.is_file()) and _copy(origin, copy):
+                    fetched.append(copy)
+            for name in subfolders:
+                if not Path(folder, name).is_symlink():
+                    (destination / below / name).mkdir(parents=True, exist_ok=True)
         return sorted(fetched)
 
     # Behind it
@@ -264,15 +259,11 @@ class SubprocessClusterContext(ClusterContext):
 
 def _copy(origin: Path, copy: Path) -> bool:
     """Copy a file or a link, replacing what is there in one step; False where a running job has just removed it."""
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    temporary = copy.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        shutil.copy2(origin, temporary, follow_symlinks=False)
-        os.replace(temporary, copy)
+        with replacing(copy) as new:
+            shutil.copy2(origin, new, follow_symlinks=False)
         return True
     except FileNotFoundError:
         if os.path.lexists(origin):
             raise
         return False
-    finally:
-        temporary.unlink(missing_ok=True)

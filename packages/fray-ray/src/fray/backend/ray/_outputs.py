@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from pathlib import Path, PurePosixPath
 
 from fray.backend.ray._record import KnownJob
 from fray.backend.ray._rest import HttpError, RayRest
 from fray.errors import PlatformError
+from fray.state import replacing
 
 __all__ = ["fetch_outputs"]
 
@@ -17,7 +16,8 @@ def fetch_outputs(rest: RayRest, job: KnownJob, destination: Path) -> list[Path]
     """Copy a job's outputs below a directory, each file in place of what is there under its name.
 
     Raises:
-        PlatformError: The job's node is gone, or the destination cannot be written to.
+        PlatformError: The job's node is gone.
+        OSError: The destination cannot be written to.
     """
     node, fetched = job.details.driver_node_id, []
     if job.submission is None or not node:
@@ -29,37 +29,24 @@ def fetch_outputs(rest: RayRest, job: KnownJob, destination: Path) -> list[Path]
             f"the outputs of job {job.info.id} cannot be read: they are on node {node}, which is gone or does not "
             f"answer ({error})"
         ) from error
-    try:
-        destination.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            copy = destination / PurePosixPath(name).relative_to(f"{job.folder}/outputs")
-            if name.endswith("/"):
-                copy.mkdir(parents=True, exist_ok=True)
-            elif _fetch(rest, node, name, copy):
-                fetched.append(copy)
-    except OSError as error:
-        if isinstance(error, PlatformError):
-            raise
-        raise PlatformError(
-            f"the outputs of job {job.info.id} cannot be fetched to {str(destination)!r}: {error.strerror or error}: "
-            "fetch them to another directory"
-        ) from error
+    destination.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        copy = destination / PurePosixPath(name).relative_to(f"{job.folder}/outputs")
+        if name.endswith("/"):
+            copy.mkdir(parents=True, exist_ok=True)
+        elif _fetch(rest, node, name, copy):
+            fetched.append(copy)
     return sorted(fetched)
 
 
 def _fetch(rest: RayRest, node: str, name: str, copy: Path) -> bool:
     """Fetch one file; False where a running job has just removed it."""
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    temporary = copy.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        with temporary.open("wb") as file:
+        with replacing(copy) as new, new.open("wb") as file:
             for chunk in rest.read_file(node, name):
                 file.write(chunk)
-        os.replace(temporary, copy)
         return True
     except HttpError as error:
         if "not found" not in error.text:
             raise
         return False
-    finally:
-        temporary.unlink(missing_ok=True)
